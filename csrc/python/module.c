@@ -1,6 +1,7 @@
 /* The module eellm._core: initialisation, exceptions, and functions that need no handle. */
-#include "base/alloc.h"
 #include "python/py_util.h"
+
+#include "base/alloc.h"
 
 struct module_state *type_state(PyTypeObject *type) {
     return PyType_GetModuleState(type);
