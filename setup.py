@@ -10,6 +10,7 @@ Switches, read from the environment (0 or 1 unless said otherwise):
 
 import os
 import platform
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +54,9 @@ class BuildCore(build_ext):
     def build_extension(self, extension):
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(self.build_temp)
+        # One place for objects, whichever command builds: an editable install and a later
+        # build_ext share them.
+        temp = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}"]
         include += [f"-I{sysconfig.get_path('include')}", f"-I{numpy.get_include()}"]
         native = ["-march=native"] if switch("EELLM_NATIVE") else []

@@ -4,9 +4,9 @@
 #define EE_PY_UTIL_H
 
 #define PY_SSIZE_T_CLEAN
-#include "base/status.h"
-
 #include <Python.h>
+
+#include "base/status.h"
 
 /* What one instance of the module holds. */
 struct module_state {
