@@ -48,6 +48,18 @@ def common_flags():
     return flags
 
 
+def is_fresh(target, dependencies, command):
+    """Whether an object was made by this command from files that have not changed since."""
+    record = target.with_suffix(".cmd")
+    if not (target.exists() and dependencies.exists() and record.exists()):
+        return False
+    if record.read_text() != " ".join(command):
+        return False
+    files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    made = target.stat().st_mtime
+    return all(os.path.exists(file) and os.path.getmtime(file) < made for file in files)
+
+
 class BuildCore(build_ext):
     """Compiles kernels/cpu once per instruction-set level, and everything in parallel."""
 
@@ -68,30 +80,19 @@ class BuildCore(build_ext):
             for source in sorted((ROOT / "kernels/cpu").glob("*.c")):
                 jobs.append((source, level, [*flags, f"-DEE_ISA_SUFFIX=_{level}"]))
 
-        newest_header = max(
-            path.stat().st_mtime
-            for folder in ("csrc", "kernels")
-            for path in (ROOT / folder).rglob("*.h")
-        )
-        newest_header = max(newest_header, Path(__file__).stat().st_mtime)
         compiler = self.compiler.compiler_so[0]
         base = [*common_flags(), "-fPIC", *include]
 
         def compile_one(job):
             source, level, flags = job
             target = temp / source.relative_to(ROOT).with_suffix(f".{level}.o" if level else ".o")
-            command = [compiler, *base, *flags, "-c", str(source), "-o", str(target)]
-            record = target.with_suffix(".cmd")
-            fresh = (
-                target.exists()
-                and target.stat().st_mtime > max(source.stat().st_mtime, newest_header)
-                and record.exists()
-                and record.read_text() == " ".join(command)
-            )
-            if not fresh:
+            dependencies = target.with_suffix(".d")
+            command = [compiler, *base, *flags, "-MMD", "-MF", str(dependencies)]
+            command += ["-c", str(source), "-o", str(target)]
+            if not is_fresh(target, dependencies, command):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.spawn(command)
-                record.write_text(" ".join(command))
+                target.with_suffix(".cmd").write_text(" ".join(command))
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -3,8 +3,10 @@
 
 #include "base/alloc.h"
 
-struct module_state *type_state(PyTypeObject *type) {
-    return PyType_GetModuleState(type);
+#include "base/log.h"
+
+PyTypeObject *create_type(PyObject *module, PyType_Spec *spec) {
+    return (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
 }
 
 PyObject *raise_status(struct module_state *state, enum ee_status status) {
@@ -54,7 +56,35 @@ static PyObject *alloc_fail_at(PyObject *module, PyObject *n) {
     Py_RETURN_NONE;
 }
 
+/* The callable that receives the core's log, or NULL. */
+static PyObject *log_callback;
+
+/* Exceptions of the callback are reported and dropped: the core cannot handle them. */
+static void forward_log(enum ee_log_level level, const char *line) {
+    PyGILState_STATE gil = PyGILState_Ensure();
+    if (log_callback) {
+        PyObject *result = PyObject_CallFunction(log_callback, "is", (int)level, line);
+        if (!result)
+            PyErr_WriteUnraisable(log_callback);
+        Py_XDECREF(result);
+    }
+    PyGILState_Release(gil);
+}
+
+static PyObject *set_log(PyObject *module, PyObject *callback) {
+    (void)module;
+    Py_XDECREF(log_callback);
+    log_callback = callback == Py_None ? NULL : Py_NewRef(callback);
+    ee_log_set_sink(log_callback ? forward_log : NULL);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What was built in, and what this machine runs."},
+    {"measure_bandwidth", measure_bandwidth, METH_VARARGS, "Read bandwidth of memory, bytes/s."},
+    {"measure_flops", measure_flops, METH_VARARGS, "Rate of a large matrix product, FLOP/s."},
+    {"set_log", set_log, METH_O, "callback(level, line) receives the core's log; None: default."},
+    {"_symbols", symbols, METH_NOARGS, "Addresses of the core's functions, for tests."},
     {"alloc_stats", alloc_stats, METH_NOARGS,
      "(allocations since start, live allocations, live bytes)"},
     {"_alloc_fail_at", alloc_fail_at, METH_O, "The n-th allocation from now fails; 0: none."},
@@ -75,6 +105,18 @@ static int exec_module(PyObject *module) {
         add_exception(module, &state->nonfinite_error, "eellm.NonFiniteError", state->error) < 0 ||
         add_exception(module, &state->comm_error, "eellm.CommError", state->error) < 0)
         return -1;
+    if (import_numpy() < 0)
+        return -1;
+    if (!(state->tensor_type = create_tensor_type(module)) ||
+        !(state->model_type = create_model_type(module)) ||
+        !(state->trainer_type = create_trainer_type(module)) ||
+        !(state->engine_type = create_engine_type(module)))
+        return -1;
+    PyTypeObject *types[] = {state->tensor_type, state->model_type, state->trainer_type,
+                             state->engine_type};
+    for (int i = 0; i < 4; i++)
+        if (PyModule_AddType(module, types[i]) < 0)
+            return -1;
     return 0;
 }
 
@@ -114,7 +156,7 @@ static PyModuleDef_Slot slots[] = {
     {0, NULL},
 };
 
-struct PyModuleDef ee_module_def = {
+static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "eellm._core",
     .m_doc = "The native core of eellm; see eellm/_core.pyi.",
@@ -129,5 +171,5 @@ struct PyModuleDef ee_module_def = {
 PyMODINIT_FUNC PyInit__core(void);
 
 PyMODINIT_FUNC PyInit__core(void) {
-    return PyModuleDef_Init(&ee_module_def);
+    return PyModuleDef_Init(&module_def);
 }

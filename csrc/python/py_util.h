@@ -1,12 +1,16 @@
-/* Shared by the files of csrc/python: module state, the way from a status to an exception, and
- * access to arrays. */
+/* Shared by the files of csrc/python: module state, the way from a status to an exception, arrays
+ * in and out, and the handles. Python.h stays within this folder, NumPy's C API within py_array.c.
+ *
+ * How a call runs: parse the arguments and check the arrays; claim the handle (begin_call); release
+ * the GIL; run the core; take the GIL back; release the handle; turn the status into a result or an
+ * exception. */
 #ifndef EE_PY_UTIL_H
 #define EE_PY_UTIL_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "base/status.h"
+#include "model/model.h"
 
 /* What one instance of the module holds. */
 struct module_state {
@@ -16,16 +20,79 @@ struct module_state {
     PyTypeObject *tensor_type, *model_type, *trainer_type, *engine_type;
 };
 
-extern struct PyModuleDef ee_module_def;
-
 static inline struct module_state *module_state(PyObject *module) {
     return (struct module_state *)PyModule_GetState(module);
 }
 
-/* State of the module that defines `type`. */
-struct module_state *type_state(PyTypeObject *type);
-
 /* Raises the exception of a status other than EE_OK with this thread's message; returns NULL. */
 PyObject *raise_status(struct module_state *state, enum ee_status status);
+
+/* -- Arrays (py_array.c) ---------------------------------------------------------------------- */
+
+enum array_type { ARRAY_F32, ARRAY_I32, ARRAY_U64, ARRAY_U8, ARRAY_F64 };
+
+int import_numpy(void);
+
+/* *data = the memory of a C-contiguous NumPy array of this type and rank. shape[i] >= 0 is
+ * required, -1 is filled in. Raises ValueError or TypeError that says what to convert, and returns
+ * false. */
+bool array_in(PyObject *object, const char *name, enum array_type type, int ndim, Py_ssize_t *shape,
+              void **data);
+
+/* The same for an array that is written. */
+bool array_out(PyObject *object, const char *name, enum array_type type, int ndim,
+               Py_ssize_t *shape, void **data);
+
+/* A new array, and its memory. */
+PyObject *array_new(enum array_type type, int ndim, const Py_ssize_t *shape, void **data);
+
+/* Reads `count` numbers of a sequence; raises ValueError naming `name` when the number differs. */
+bool floats_in(PyObject *sequence, const char *name, Py_ssize_t count, float *out);
+
+/* -- Configs (py_config.c) -------------------------------------------------------------------- */
+
+/* Fills a config from a mapping (ModelConfig.to_core). rope_freq receives the frequencies; config
+ * points to it. Raises and returns false when a key is missing or of the wrong type. */
+#define MAX_ROPE_FREQ 2048
+bool config_in(PyObject *mapping, struct ee_config *config, float rope_freq[MAX_ROPE_FREQ]);
+
+/* -- Handles ---------------------------------------------------------------------------------- */
+
+struct model_object {
+    PyObject_HEAD struct ee_model *model;
+    bool busy; /* a thread is in a call; everything that uses the model shares it */
+    struct module_state *state;
+};
+
+/* Claims a model for a call; raises eellm.Error and returns false if another thread has it. */
+bool begin_call(struct model_object *model);
+void end_call(struct model_object *model);
+
+/* Runs `call` (an expression that gives a status) on a claimed handle, without the GIL. */
+#define RUN_WITHOUT_GIL(status, call)                                                              \
+    do {                                                                                           \
+        Py_BEGIN_ALLOW_THREADS(status) = (call);                                                   \
+        Py_END_ALLOW_THREADS                                                                       \
+    } while (0)
+
+/* A view of memory that `owner` keeps alive. */
+PyObject *tensor_view(struct module_state *state, PyObject *owner, const struct ee_tensor *tensor);
+
+/* Each makes a type of the module. */
+PyTypeObject *create_tensor_type(PyObject *module);
+PyTypeObject *create_model_type(PyObject *module);
+PyTypeObject *create_trainer_type(PyObject *module);
+PyTypeObject *create_engine_type(PyObject *module);
+
+/* A type from its spec; frees nothing on failure. */
+PyTypeObject *create_type(PyObject *module, PyType_Spec *spec);
+
+/* Addresses of the core's functions by name, for tests (symbols.c). */
+PyObject *symbols(PyObject *module, PyObject *unused);
+
+/* Measurements and build information (measure.c). */
+PyObject *build_info(PyObject *module, PyObject *unused);
+PyObject *measure_bandwidth(PyObject *module, PyObject *args);
+PyObject *measure_flops(PyObject *module, PyObject *args);
 
 #endif

@@ -1,0 +1,69 @@
+/* The weights of a model in the form in which decoding takes them: every matrix packed in column
+ * panels, as float32 or bf16, query, key and value joined into one matrix, gate and up likewise;
+ * norms, biases and positions as float32. A copy of its own: what happens to the model's parameters
+ * later changes nothing here. */
+#ifndef EE_WEIGHTS_H
+#define EE_WEIGHTS_H
+
+#include "model/model.h"
+
+EE_EXTERN_C_BEGIN
+
+/* Tensors whose data is NULL are not there. */
+struct ee_norm_weights {
+    struct ee_tensor weight, bias;
+};
+
+struct ee_mlp_weights {
+    struct ee_weight up; /* [2F, C] when gated: gate, then up */
+    struct ee_weight down;
+    struct ee_tensor up_bias, down_bias;
+};
+
+struct ee_block_weights {
+    struct ee_norm_weights norm1, norm2, q_norm, k_norm;
+    struct ee_weight qkv; /* [(H + 2K) D, C]; a block of an exit has q and kv instead */
+    struct ee_tensor qkv_bias;
+    struct ee_weight q, kv;
+    struct ee_tensor q_bias, kv_bias;
+    struct ee_weight o;
+    struct ee_tensor o_bias;
+    struct ee_mlp_weights mlp;
+};
+
+/* An exit, the final one included. */
+struct ee_exit_weights {
+    int32_t depth; /* half layers */
+    int32_t layer; /* from 0: the one whose norm (branch MLP) or window (block) it shares */
+    int32_t side;  /* layer of the cache that its block writes, -1 without a block */
+    enum ee_branch branch;
+    struct ee_mlp_weights mlp;
+    struct ee_block_weights block;
+    struct ee_norm_weights norm;
+    struct ee_weight output;
+};
+
+struct ee_weights {
+    struct ee_arena arena;
+    enum ee_dtype dtype;
+    struct ee_weight embedding;
+    struct ee_tensor positions;
+    int32_t layer_count, exit_count;
+    int32_t cache_layers; /* layers and side layers */
+    struct ee_block_weights *layers;
+    struct ee_exit_weights *exits;
+};
+
+/* dtype: EE_F32 or EE_BF16. */
+EE_WARN_UNUSED enum ee_status ee_weights_create(struct ee_weights **out,
+                                                const struct ee_model *model, enum ee_dtype dtype);
+void ee_weights_destroy(struct ee_weights *weights);
+
+/* The tensor, or NULL where it is not there: an optional argument of an operation. */
+static inline const struct ee_tensor *ee_given(const struct ee_tensor *tensor) {
+    return tensor->data ? tensor : NULL;
+}
+
+EE_EXTERN_C_END
+
+#endif

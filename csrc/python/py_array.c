@@ -1,0 +1,100 @@
+/* The only file that uses NumPy's C API. */
+#include "python/py_util.h"
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+
+static const struct {
+    int number;
+    const char *name;
+} types[] = {
+    [ARRAY_F32] = {NPY_FLOAT32, "float32"}, [ARRAY_I32] = {NPY_INT32, "int32"},
+    [ARRAY_U64] = {NPY_UINT64, "uint64"},   [ARRAY_U8] = {NPY_BOOL, "bool"},
+    [ARRAY_F64] = {NPY_FLOAT64, "float64"},
+};
+
+int import_numpy(void) {
+    import_array1(-1);
+    return 0;
+}
+
+static bool take(PyObject *object, const char *name, enum array_type type, int ndim,
+                 Py_ssize_t *shape, void **data) {
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a NumPy array of %s, got %s; use np.asarray",
+                     name, types[type].name, Py_TYPE(object)->tp_name);
+        return false;
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (PyArray_TYPE(array) != types[type].number) {
+        PyErr_Format(PyExc_ValueError, "%s must be of dtype %s, got %S; use .astype(np.%s)", name,
+                     types[type].name, (PyObject *)PyArray_DESCR(array), types[type].name);
+        return false;
+    }
+    if (PyArray_NDIM(array) != ndim) {
+        PyErr_Format(PyExc_ValueError, "%s must have %d dimensions, got %d", name, ndim,
+                     PyArray_NDIM(array));
+        return false;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+        PyErr_Format(PyExc_ValueError, "%s must be contiguous; use np.ascontiguousarray", name);
+        return false;
+    }
+    for (int i = 0; i < ndim; i++) {
+        Py_ssize_t size = (Py_ssize_t)PyArray_DIM(array, i);
+        if (shape[i] >= 0 && shape[i] != size) {
+            PyErr_Format(PyExc_ValueError, "%s: dimension %d must be %zd, got %zd", name, i,
+                         shape[i], size);
+            return false;
+        }
+        shape[i] = size;
+    }
+    *data = PyArray_DATA(array);
+    return true;
+}
+
+bool array_in(PyObject *object, const char *name, enum array_type type, int ndim, Py_ssize_t *shape,
+              void **data) {
+    return take(object, name, type, ndim, shape, data);
+}
+
+bool array_out(PyObject *object, const char *name, enum array_type type, int ndim,
+               Py_ssize_t *shape, void **data) {
+    if (!take(object, name, type, ndim, shape, data))
+        return false;
+    if (!PyArray_ISWRITEABLE((PyArrayObject *)object)) {
+        PyErr_Format(PyExc_ValueError, "%s must be writable; use .copy()", name);
+        return false;
+    }
+    return true;
+}
+
+PyObject *array_new(enum array_type type, int ndim, const Py_ssize_t *shape, void **data) {
+    npy_intp dims[4];
+    for (int i = 0; i < ndim; i++)
+        dims[i] = shape[i];
+    PyObject *array = PyArray_ZEROS(ndim, dims, types[type].number, 0);
+    if (array)
+        *data = PyArray_DATA((PyArrayObject *)array);
+    return array;
+}
+
+bool floats_in(PyObject *sequence, const char *name, Py_ssize_t count, float *out) {
+    Py_ssize_t size = PySequence_Size(sequence);
+    if (size < 0)
+        return false;
+    if (size != count) {
+        PyErr_Format(PyExc_ValueError, "%s must have %zd numbers, got %zd", name, count, size);
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        double value = item ? PyFloat_AsDouble(item) : -1;
+        Py_XDECREF(item);
+        if (PyErr_Occurred())
+            return false;
+        out[i] = (float)value;
+    }
+    return true;
+}

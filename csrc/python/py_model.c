@@ -1,0 +1,258 @@
+/* eellm._core.Model */
+#include "python/py_util.h"
+
+#include "base/alloc.h"
+#include "base/rng.h"
+#include "model/chunk.h"
+
+bool begin_call(struct model_object *model) {
+    if (!model->model) {
+        PyErr_SetString(model->state->error, "the model is not initialised");
+        return false;
+    }
+    if (model->busy) {
+        PyErr_SetString(model->state->error,
+                        "the model is in use by another thread; wait for its call to end, or use "
+                        "one model for each thread");
+        return false;
+    }
+    model->busy = true;
+    return true;
+}
+
+void end_call(struct model_object *model) {
+    model->busy = false;
+}
+
+static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
+    struct model_object *self = (struct model_object *)object;
+    static char *names[] = {"config", "threads", "isa", NULL};
+    PyObject *mapping;
+    int threads = 0;
+    const char *isa_name = "";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|is", names, &mapping, &threads, &isa_name))
+        return -1;
+    self->state = PyType_GetModuleState(Py_TYPE(object));
+    if (self->model) {
+        PyErr_SetString(self->state->error, "the model is initialised already");
+        return -1;
+    }
+    struct ee_config *config = PyMem_Malloc(sizeof *config);
+    float *freq = PyMem_Malloc(MAX_ROPE_FREQ * sizeof *freq);
+    int result = -1;
+    if (!config || !freq) {
+        PyErr_NoMemory();
+    } else if (config_in(mapping, config, freq)) {
+        enum ee_isa isa;
+        enum ee_status status = ee_isa_from_name(&isa, isa_name);
+        if (status == EE_OK)
+            RUN_WITHOUT_GIL(status, ee_model_create(&self->model, config, isa, threads));
+        if (status != EE_OK)
+            raise_status(self->state, status);
+        else
+            result = 0;
+    }
+    PyMem_Free(config);
+    PyMem_Free(freq);
+    return result;
+}
+
+static void dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    ee_model_destroy(((struct model_object *)object)->model);
+    freefunc release = PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *table_row(const struct ee_param *row) {
+    PyObject *shape =
+        row->ndim == 1 ? Py_BuildValue("(L)", (long long)row->shape[0])
+                       : Py_BuildValue("(LL)", (long long)row->shape[0], (long long)row->shape[1]);
+    if (!shape)
+        return NULL;
+    return Py_BuildValue(
+        "{s:s,s:N,s:L,s:O,s:O,s:O,s:i,s:i,s:s,s:L,s:L,s:O}", "name", row->name, "shape", shape,
+        "offset", (long long)row->offset, "decay", row->decay ? Py_True : Py_False, "frozen",
+        row->frozen ? Py_True : Py_False, "tied", row->tied ? Py_True : Py_False, "layer",
+        row->layer, "exit", row->exit, "source", row->source, "source_row",
+        (long long)row->source_row, "source_rows", (long long)row->source_rows, "transposed",
+        row->transposed ? Py_True : Py_False);
+}
+
+static bool initialised(struct model_object *self) {
+    if (!self->model)
+        PyErr_SetString(PyExc_RuntimeError, "the model is not initialised");
+    return self->model != NULL;
+}
+
+static PyObject *get_table(PyObject *object, void *closure) {
+    (void)closure;
+    struct model_object *self = (struct model_object *)object;
+    if (!initialised(self))
+        return NULL;
+    const struct ee_params *params = self->model->params;
+    PyObject *list = PyList_New(params->count);
+    for (int32_t i = 0; list && i < params->count; i++) {
+        PyObject *row = table_row(&params->rows[i]);
+        if (!row || PyList_SetItem(list, i, row) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *get_threads(PyObject *object, void *closure) {
+    (void)closure;
+    struct model_object *self = (struct model_object *)object;
+    return initialised(self) ? PyLong_FromLong(ee_pool_threads(self->model->ctx->pool)) : NULL;
+}
+
+static PyObject *get_isa(PyObject *object, void *closure) {
+    (void)closure;
+    struct model_object *self = (struct model_object *)object;
+    /* The backend's name is "cpu_avx2" and the like. */
+    return initialised(self) ? PyUnicode_FromString(strchr(self->model->ctx->ops->name, '_') + 1)
+                             : NULL;
+}
+
+static PyObject *parameter(PyObject *object, PyObject *args) {
+    struct model_object *self = (struct model_object *)object;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name) || !initialised(self))
+        return NULL;
+    int32_t row = ee_params_find(self->model->params, name);
+    if (row < 0)
+        return PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
+    struct ee_tensor tensor = ee_param_tensor(self->model->params, row, self->model->weights);
+    return tensor_view(self->state, object, &tensor);
+}
+
+static PyObject *initialize(PyObject *object, PyObject *args) {
+    struct model_object *self = (struct model_object *)object;
+    float range;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(args, "fK", &range, &seed) || !begin_call(self))
+        return NULL;
+    struct ee_model *model = self->model;
+    enum ee_status status;
+    RUN_WITHOUT_GIL(status, ee_params_init(model->ctx, model->params, model->weights, range, seed));
+    end_call(self);
+    if (status != EE_OK)
+        return raise_status(self->state, status);
+    Py_RETURN_NONE;
+}
+
+static PyObject *initialize_parameter(PyObject *object, PyObject *args) {
+    struct model_object *self = (struct model_object *)object;
+    const char *name;
+    float range;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(args, "sfK", &name, &range, &seed) || !begin_call(self))
+        return NULL;
+    struct ee_model *model = self->model;
+    int32_t row = ee_params_find(model->params, name);
+    enum ee_status status = EE_OK;
+    if (row < 0)
+        PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
+    else
+        RUN_WITHOUT_GIL(status, ee_params_init_row(model->ctx, model->params, row, model->weights,
+                                                   range, seed));
+    end_call(self);
+    if (row < 0)
+        return NULL;
+    if (status != EE_OK)
+        return raise_status(self->state, status);
+    Py_RETURN_NONE;
+}
+
+/* Sequence by sequence, so that the activations are those of one. out: [E, B, T, V]. */
+static enum ee_status run_forward(const struct ee_model *model, const int32_t *tokens,
+                                  int64_t batch, int64_t time, float *out) {
+    if (time > model->config.max_positions)
+        EE_FAIL(EE_ERR_INVALID,
+                "a sequence of %lld tokens does not fit in max_position_embeddings (%d)",
+                (long long)time, model->config.max_positions);
+    struct ee_chunk *chunk;
+    EE_TRY(ee_chunk_create(&chunk, model, time, 1, EE_RECOMPUTE_FULL));
+    void *memory;
+    enum ee_status status = ee_alloc(&memory, (size_t)time * sizeof(int32_t), "positions");
+    int32_t *position = memory;
+    for (int64_t t = 0; status == EE_OK && t < time; t++)
+        position[t] = (int32_t)t;
+    int32_t segment[] = {0, (int32_t)time};
+    int32_t exits = model->params->exits;
+    int64_t vocab = model->config.vocab_size;
+    for (int64_t b = 0; status == EE_OK && b < batch; b++) {
+        struct ee_batch one = {.rows = time,
+                               .token = tokens + b * time,
+                               .position = position,
+                               .segment = segment,
+                               .segments = 1};
+        struct ee_exit_run run[EE_MAX_EXITS + 1] = {0};
+        for (int32_t e = 0; e < exits; e++)
+            run[e].logits = out + (e * batch + b) * time * vocab;
+        status = ee_chunk_evaluate(chunk, &one, run);
+    }
+    ee_free(memory);
+    ee_chunk_destroy(chunk);
+    return status;
+}
+
+static PyObject *forward(PyObject *object, PyObject *args) {
+    struct model_object *self = (struct model_object *)object;
+    PyObject *tokens, *out;
+    if (!PyArg_ParseTuple(args, "OO", &tokens, &out) || !initialised(self))
+        return NULL;
+    Py_ssize_t shape[] = {-1, -1};
+    void *token_data, *out_data;
+    if (!array_in(tokens, "tokens", ARRAY_I32, 2, shape, &token_data))
+        return NULL;
+    Py_ssize_t out_shape[] = {self->model->params->exits, shape[0], shape[1],
+                              self->model->config.vocab_size};
+    if (!array_out(out, "out", ARRAY_F32, 4, out_shape, &out_data) || !begin_call(self))
+        return NULL;
+    enum ee_status status = EE_OK;
+    if (shape[0] > 0 && shape[1] > 0)
+        RUN_WITHOUT_GIL(status, run_forward(self->model, token_data, shape[0], shape[1], out_data));
+    end_call(self);
+    if (status != EE_OK)
+        return raise_status(self->state, status);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"parameter", parameter, METH_VARARGS, "A parameter, to be read and written in place."},
+    {"initialize", initialize, METH_VARARGS, "Draws initial values."},
+    {"initialize_parameter", initialize_parameter, METH_VARARGS,
+     "Draws the initial values of one parameter."},
+    {"forward", forward, METH_VARARGS, "Logits of every exit, the final one last."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getset[] = {
+    {"table", get_table, NULL, "The parameter table.", NULL},
+    {"threads", get_threads, NULL, "Threads of the model's context.", NULL},
+    {"isa", get_isa, NULL, "Instruction-set level of the kernels.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_init, init},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {Py_tp_doc, "A model's config, parameters and threads."},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "eellm._core.Model",
+    .basicsize = sizeof(struct model_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};
+
+PyTypeObject *create_model_type(PyObject *module) {
+    return create_type(module, &spec);
+}

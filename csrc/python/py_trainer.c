@@ -1,0 +1,397 @@
+/* eellm._core.Trainer: one C call is one training step. */
+#include "python/py_util.h"
+
+#include "train/step.h"
+
+struct trainer_object {
+    PyObject_HEAD struct model_object *model;
+    struct ee_trainer *trainer;
+    struct module_state *state;
+};
+
+static bool read_recompute(const char *name, enum ee_recompute *recompute) {
+    static const char *const names[] = {"none", "attention", "full"};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            *recompute = (enum ee_recompute)i;
+            return true;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "recompute must be none, attention or full, got '%s'", name);
+    return false;
+}
+
+static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    static char *names[] = {"model",           "rows",     "microbatches",
+                            "recompute",       "schedule", "exit_temperature",
+                            "dynamic_weights", NULL};
+    struct module_state *state = PyType_GetModuleState(Py_TYPE(object));
+    struct ee_trainer_config config = {0};
+    PyObject *model, *temperature = NULL;
+    long long rows = 0;
+    const char *recompute = "none", *schedule = "1f1b";
+    int dynamic = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$LissOp", names, state->model_type, &model,
+                                     &rows, &config.microbatches, &recompute, &schedule,
+                                     &temperature, &dynamic))
+        return -1;
+    if (self->trainer) {
+        PyErr_SetString(state->error, "the trainer is initialised already");
+        return -1;
+    }
+    struct model_object *owner = (struct model_object *)model;
+    if (!begin_call(owner))
+        return -1;
+    self->state = state;
+    config.rows = rows;
+    config.dynamic_weights = dynamic;
+    int32_t exits = owner->model->config.num_exits;
+    for (int32_t e = 0; e < exits; e++)
+        config.temperature[e] = 1;
+    enum ee_status status = ee_schedule_from_name(&config.schedule, schedule);
+    bool ok = read_recompute(recompute, &config.recompute);
+    if (ok && temperature && temperature != Py_None && PySequence_Size(temperature) != 0)
+        ok = floats_in(temperature, "exit_temperature", exits, config.temperature);
+    if (ok && status == EE_OK)
+        RUN_WITHOUT_GIL(status, ee_trainer_create(&self->trainer, owner->model, &config));
+    end_call(owner);
+    if (!ok)
+        return -1;
+    if (status != EE_OK) {
+        raise_status(state, status);
+        return -1;
+    }
+    self->model = (struct model_object *)Py_NewRef(model);
+    return 0;
+}
+
+static void dealloc(PyObject *object) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    ee_trainer_destroy(self->trainer);
+    Py_XDECREF(self->model);
+    freefunc release = PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static bool initialised(struct trainer_object *self) {
+    if (!self->trainer)
+        PyErr_SetString(PyExc_RuntimeError, "the trainer is not initialised");
+    return self->trainer != NULL;
+}
+
+/* The arrays of a step as Python gives them. */
+struct arrays {
+    PyObject *tokens, *targets, *positions, *row_ids, *segments, *counts;
+};
+
+/* Checks the arrays of `*microbatches` microbatches (-1: as many as there are) and points `input`
+ * at them. What the numbers say (ranges) is checked by the operations, except that the boundaries
+ * must be as many as the counts say. */
+static bool read_input(struct trainer_object *self, const struct arrays *arrays,
+                       Py_ssize_t *microbatches, struct ee_step_input *input) {
+    void *data[6];
+    Py_ssize_t shape[] = {*microbatches, (Py_ssize_t)self->trainer->config.rows};
+    if (!array_in(arrays->tokens, "tokens", ARRAY_I32, 2, shape, &data[0]) ||
+        !array_in(arrays->targets, "targets", ARRAY_I32, 2, shape, &data[1]) ||
+        !array_in(arrays->positions, "positions", ARRAY_I32, 2, shape, &data[2]))
+        return false;
+    Py_ssize_t boundaries[] = {-1}, counts[] = {shape[0]};
+    if (!array_in(arrays->segments, "segments", ARRAY_I32, 1, boundaries, &data[3]) ||
+        !array_in(arrays->counts, "segment_counts", ARRAY_I32, 1, counts, &data[4]))
+        return false;
+    *input = (struct ee_step_input){.token = data[0],
+                                    .target = data[1],
+                                    .position = data[2],
+                                    .segment = data[3],
+                                    .segment_counts = data[4]};
+    if (arrays->row_ids) {
+        if (!array_in(arrays->row_ids, "row_ids", ARRAY_U64, 2, shape, &data[5]))
+            return false;
+        input->row_id = data[5];
+    }
+    Py_ssize_t total = 0;
+    for (Py_ssize_t m = 0; m < shape[0]; m++) {
+        if (input->segment_counts[m] < 1 || input->segment_counts[m] > shape[1]) {
+            PyErr_Format(PyExc_ValueError, "segment_counts[%zd] must lie between 1 and %zd, got %d",
+                         m, shape[1], (int)input->segment_counts[m]);
+            return false;
+        }
+        total += input->segment_counts[m] + 1;
+    }
+    if (total != boundaries[0]) {
+        PyErr_Format(PyExc_ValueError,
+                     "segments must have %zd boundaries (segment_counts + 1 "
+                     "each), got %zd",
+                     total, boundaries[0]);
+        return false;
+    }
+    *microbatches = shape[0];
+    return true;
+}
+
+static PyObject *double_list(const double *values, int32_t count) {
+    PyObject *list = PyList_New(count);
+    for (int32_t i = 0; list && i < count; i++) {
+        PyObject *item = PyFloat_FromDouble(values[i]);
+        if (!item || PyList_SetItem(list, i, item) < 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *step_result(const struct ee_step_result *result, int32_t exits) {
+    PyObject *loss = double_list(result->loss, exits);
+    PyObject *confidence = double_list(result->confidence, exits);
+    if (!loss || !confidence) {
+        Py_XDECREF(loss);
+        Py_XDECREF(confidence);
+        return NULL;
+    }
+    return Py_BuildValue("{s:N,s:N,s:L,s:d,s:O,s:O}", "losses", loss, "confidence", confidence,
+                         "tokens", (long long)result->tokens, "grad_norm", result->grad_norm,
+                         "finite", result->finite ? Py_True : Py_False, "updated",
+                         result->updated ? Py_True : Py_False);
+}
+
+static PyObject *step(PyObject *object, PyObject *args, PyObject *kwargs) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    static char *names[] = {"tokens",       "targets",       "positions",
+                            "row_ids",      "segments",      "segment_counts",
+                            "exit_weights", "learning_rate", "beta1",
+                            "beta2",        "eps",           "weight_decay",
+                            "clip",         "max_loss",      "max_grad_norm",
+                            "dropout_seed", "update",        NULL};
+    struct arrays a;
+    struct ee_step_settings s = {.adamw = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f},
+                                 .max_loss = Py_HUGE_VAL,
+                                 .max_grad_norm = Py_HUGE_VAL};
+    PyObject *exit_weights = NULL;
+    unsigned long long seed = 0;
+    int update = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|$OfffffdddKp", names, &a.tokens,
+                                     &a.targets, &a.positions, &a.row_ids, &a.segments, &a.counts,
+                                     &exit_weights, &s.adamw.learning_rate, &s.adamw.beta1,
+                                     &s.adamw.beta2, &s.adamw.eps, &s.adamw.weight_decay, &s.clip,
+                                     &s.max_loss, &s.max_grad_norm, &seed, &update) ||
+        !initialised(self))
+        return NULL;
+    if (!exit_weights) {
+        PyErr_SetString(PyExc_TypeError, "step() needs exit_weights and learning_rate");
+        return NULL;
+    }
+    struct ee_trainer *trainer = self->trainer;
+    s.dropout_seed = seed;
+    s.update = update;
+    struct ee_step_input input;
+    Py_ssize_t microbatches = trainer->config.microbatches;
+    if (!read_input(self, &a, &microbatches, &input) ||
+        !floats_in(exit_weights, "exit_weights", trainer->model->config.num_exits, s.exit_weight) ||
+        !begin_call(self->model))
+        return NULL;
+    struct ee_step_result result;
+    enum ee_status status;
+    RUN_WITHOUT_GIL(status, ee_trainer_step(trainer, &input, &s, &result));
+    end_call(self->model);
+    if (status != EE_OK)
+        return raise_status(self->state, status);
+    return step_result(&result, trainer->model->params->exits);
+}
+
+/* Turns the argmax of every exit into "equals the final exit's", and counts agreement over the
+ * unmasked tokens. */
+static void compare_exits(const struct ee_evaluation *evaluation, const int32_t *target,
+                          int32_t exits, int64_t tokens, uint8_t *correct, double *agreement) {
+    const int32_t *final = evaluation->token + (exits - 1) * tokens;
+    for (int32_t e = 0; e < exits; e++) {
+        int64_t agree = 0, count = 0;
+        for (int64_t i = 0; i < tokens; i++) {
+            bool same = evaluation->token[e * tokens + i] == final[i];
+            correct[e * tokens + i] = same;
+            agree += same && target[i] >= 0;
+            count += target[i] >= 0;
+        }
+        agreement[e] = count ? (double)agree / (double)count : 0;
+    }
+}
+
+static PyObject *evaluation_result(struct ee_evaluation *evaluation, int32_t exits,
+                                   const double *agreement, PyObject *confidence,
+                                   PyObject *correct) {
+    double loss[EE_MAX_EXITS + 1];
+    for (int32_t e = 0; e < exits; e++)
+        loss[e] = evaluation->sums[e].loss;
+    PyObject *loss_list = double_list(loss, exits), *agree_list = double_list(agreement, exits);
+    if (!loss_list || !agree_list) {
+        Py_XDECREF(loss_list);
+        Py_XDECREF(agree_list);
+        return NULL;
+    }
+    return Py_BuildValue("{s:N,s:N,s:L,s:O,s:O}", "loss_sum", loss_list, "agreement", agree_list,
+                         "tokens", (long long)evaluation->sums[0].tokens, "confidence", confidence,
+                         "correct", correct);
+}
+
+static PyObject *evaluate(PyObject *object, PyObject *args) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    struct arrays a = {0};
+    if (!PyArg_ParseTuple(args, "OOOOO", &a.tokens, &a.targets, &a.positions, &a.segments,
+                          &a.counts) ||
+        !initialised(self))
+        return NULL;
+    struct ee_step_input input;
+    Py_ssize_t count = -1;
+    if (!read_input(self, &a, &count, &input))
+        return NULL;
+    int32_t exits = self->trainer->model->params->exits;
+    int64_t tokens = (int64_t)count * self->trainer->config.rows;
+    Py_ssize_t shape[] = {exits, count, (Py_ssize_t)self->trainer->config.rows};
+    void *confidence_data, *correct_data, *token_data;
+    PyObject *confidence = array_new(ARRAY_F32, 3, shape, &confidence_data);
+    PyObject *correct = array_new(ARRAY_U8, 3, shape, &correct_data);
+    PyObject *argmax = array_new(ARRAY_I32, 3, shape, &token_data);
+    PyObject *result = NULL;
+    if (confidence && correct && argmax && begin_call(self->model)) {
+        struct ee_evaluation evaluation = {.confidence = confidence_data, .token = token_data};
+        double agreement[EE_MAX_EXITS + 1];
+        enum ee_status status;
+        RUN_WITHOUT_GIL(status,
+                        ee_trainer_evaluate(self->trainer, &input, (int32_t)count, &evaluation));
+        end_call(self->model);
+        if (status != EE_OK) {
+            raise_status(self->state, status);
+        } else {
+            compare_exits(&evaluation, input.target, exits, tokens, correct_data, agreement);
+            result = evaluation_result(&evaluation, exits, agreement, confidence, correct);
+        }
+    }
+    Py_XDECREF(confidence);
+    Py_XDECREF(correct);
+    Py_XDECREF(argmax);
+    return result;
+}
+
+/* A view of a parameter in one of the trainer's arenas. */
+static PyObject *arena_view(PyObject *object, PyObject *args, float *arena) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name))
+        return NULL;
+    const struct ee_params *params = self->trainer->model->params;
+    int32_t row = ee_params_find(params, name);
+    if (row < 0)
+        return PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
+    struct ee_tensor tensor = ee_param_tensor(params, row, arena);
+    return tensor_view(self->state, object, &tensor);
+}
+
+static PyObject *gradient(PyObject *object, PyObject *args) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    return initialised(self) ? arena_view(object, args, self->trainer->gradient) : NULL;
+}
+
+static PyObject *moment1(PyObject *object, PyObject *args) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    return initialised(self) ? arena_view(object, args, self->trainer->moment1) : NULL;
+}
+
+static PyObject *moment2(PyObject *object, PyObject *args) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    return initialised(self) ? arena_view(object, args, self->trainer->moment2) : NULL;
+}
+
+static PyObject *zero_gradients(PyObject *object, PyObject *unused) {
+    (void)unused;
+    struct trainer_object *self = (struct trainer_object *)object;
+    if (!initialised(self) || !begin_call(self->model))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS ee_trainer_zero_gradients(self->trainer);
+    Py_END_ALLOW_THREADS end_call(self->model);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_steps(PyObject *object, void *closure) {
+    (void)closure;
+    struct trainer_object *self = (struct trainer_object *)object;
+    return initialised(self) ? PyLong_FromLongLong(self->trainer->steps) : NULL;
+}
+
+static int set_steps(PyObject *object, PyObject *value, void *closure) {
+    (void)closure;
+    struct trainer_object *self = (struct trainer_object *)object;
+    if (!initialised(self))
+        return -1;
+    if (!value) {
+        PyErr_SetString(PyExc_AttributeError, "steps cannot be deleted");
+        return -1;
+    }
+    long long steps = PyLong_AsLongLong(value);
+    if (PyErr_Occurred())
+        return -1;
+    if (steps < 0) {
+        PyErr_Format(PyExc_ValueError, "steps must not be negative, got %lld", steps);
+        return -1;
+    }
+    self->trainer->steps = steps;
+    return 0;
+}
+
+static PyObject *get_memory(PyObject *object, void *closure) {
+    (void)closure;
+    struct trainer_object *self = (struct trainer_object *)object;
+    if (!initialised(self))
+        return NULL;
+    const struct ee_model *model = self->trainer->model;
+    long long arena = (long long)model->params->elements * (long long)sizeof(float);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L}", "parameters", arena, "gradients", arena,
+                         "moments", 2 * arena, "activations",
+                         (long long)self->trainer->chunk->arena.capacity, "scratch",
+                         (long long)model->ctx->scratch.capacity);
+}
+
+static PyObject *get_flops(PyObject *object, void *closure) {
+    (void)closure;
+    struct trainer_object *self = (struct trainer_object *)object;
+    return initialised(self) ? PyLong_FromDouble(ee_trainer_flops(self->trainer)) : NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"step", (PyCFunction)(void (*)(void))step, METH_VARARGS | METH_KEYWORDS,
+     "One optimizer step over all microbatches."},
+    {"evaluate", evaluate, METH_VARARGS, "Losses and agreement of every exit, forward only."},
+    {"gradient", gradient, METH_VARARGS, "The gradient of a parameter."},
+    {"moment1", moment1, METH_VARARGS, "AdamW's first moment of a parameter."},
+    {"moment2", moment2, METH_VARARGS, "AdamW's second moment of a parameter."},
+    {"zero_gradients", zero_gradients, METH_NOARGS, "Sets all gradients to zero."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getset[] = {
+    {"steps", get_steps, set_steps, "Optimizer steps taken.", NULL},
+    {"memory", get_memory, NULL, "Bytes by purpose.", NULL},
+    {"flops", get_flops, NULL, "Floating-point operations of a step's matrix products.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_init, init},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {Py_tp_doc, "Gradients, moments, activation slots and a schedule."},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "eellm._core.Trainer",
+    .basicsize = sizeof(struct trainer_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};
+
+PyTypeObject *create_trainer_type(PyObject *module) {
+    return create_type(module, &spec);
+}

@@ -1,0 +1,224 @@
+"""The native core. Thin: no defaults that a config knows better, no work per token in Python.
+
+Arrays go in and out without copies: inputs must be C-contiguous and of the stated dtype, else
+`ValueError` says what to convert. Calls release the GIL; a handle that is in use raises `Error` when
+a second thread calls it. Messages of errors say what was wrong, what was expected, what to do.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+class Error(RuntimeError):
+    """A failure of the core that is none of Python's own kinds."""
+
+class NonFiniteError(Error):
+    """NaN or infinity in a loss, a gradient or in logits."""
+
+class CommError(Error):
+    """A failed or overdue exchange between ranks."""
+
+class ParameterRow(TypedDict):
+    """A row of the parameter table (csrc/model/params.h)."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    decay: bool
+    frozen: bool
+    tied: bool
+    layer: int
+    exit: int
+    source: str
+    source_row: int
+    source_rows: int
+    transposed: bool
+
+class Tensor:
+    """A view of memory of the core, [rows, cols] or [n], float32 or bfloat16.
+
+    Supports the buffer protocol (float32), DLPack, and `np.asarray(tensor)`, all without a copy;
+    the view keeps its owner alive.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class Model:
+    """A model's config, parameters and threads.
+
+    config: the fields of struct ee_config (csrc/model/config.h), made by
+    `eellm.config.ModelConfig.to_core()`. threads: 0 takes all that the process may use. isa:
+    "plain", "avx2", "avx512", or "" for the best one.
+    """
+
+    def __init__(self, config: Mapping[str, Any], threads: int = 0, isa: str = "") -> None: ...
+    @property
+    def table(self) -> list[ParameterRow]: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    def parameter(self, name: str) -> Tensor:
+        """The parameter, to be read and written in place. KeyError if there is none."""
+
+    def initialize(self, initializer_range: float, seed: int) -> None:
+        """Draws initial values: a function of (seed, name, element) alone."""
+
+    def initialize_parameter(self, name: str, initializer_range: float, seed: int) -> None:
+        """The same for one parameter (a new exit on a trained model)."""
+
+    def forward(self, tokens: npt.NDArray[np.int32], out: npt.NDArray[np.float32]) -> None:
+        """Logits of every exit, the final one last: tokens [B, T] -> out [E, B, T, V]."""
+
+class Trainer:
+    """Gradients, moments, activation slots and the schedule of a training step.
+
+    rows: tokens of a microbatch (micro batch size x sequence length); recompute: "none",
+    "attention" or "full"; schedule: "1f1b" or "gpipe"; exit_temperature [E - 1]: of the training
+    loss of each early exit; dynamic_weights: token-wise weights of early exits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int,
+        microbatches: int,
+        recompute: str = "none",
+        schedule: str = "1f1b",
+        exit_temperature: Sequence[float] = (),
+        dynamic_weights: bool = False,
+    ) -> None: ...
+    def step(
+        self,
+        tokens: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        row_ids: npt.NDArray[np.uint64],
+        segments: npt.NDArray[np.int32],
+        segment_counts: npt.NDArray[np.int32],
+        *,
+        exit_weights: Sequence[float],
+        learning_rate: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip: float = 0.0,
+        max_loss: float = ...,
+        max_grad_norm: float = ...,
+        dropout_seed: int = 0,
+        update: bool = True,
+    ) -> dict[str, Any]:
+        """One optimizer step over all microbatches.
+
+        tokens, targets (-1: masked), positions [M, N]; row_ids [M, N]: global sample << 24 | position
+        in the sample, the key of dropout; segments: for each microbatch its boundaries 0 < ... < N
+        (segment_counts[m] + 1 numbers, one microbatch after the other): a row attends within its
+        segment. exit_weights [E - 1]. clip 0: no clipping. Where a loss or the gradient norm is
+        not finite, or lies above max_loss / max_grad_norm, nothing is updated and the gradients are
+        zeroed. update=False only accumulates gradients.
+
+        Returns losses [E] (mean over unmasked tokens, float64), confidence [E] (mean), tokens
+        (unmasked), grad_norm (before clipping), finite, updated.
+        """
+
+    def evaluate(
+        self,
+        tokens: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        segments: npt.NDArray[np.int32],
+        segment_counts: npt.NDArray[np.int32],
+    ) -> dict[str, Any]:
+        """Sums over the unmasked tokens of up to M microbatches, without gradients or dropout:
+        loss_sum [E], agreement [E] (tokens whose argmax equals the final exit's), tokens, and
+        confidence, correct: float32 / bool [E, M, N] for thresholds to be chosen from (correct:
+        argmax equals the final exit's)."""
+
+    def gradient(self, name: str) -> Tensor: ...
+    def moment1(self, name: str) -> Tensor: ...
+    def moment2(self, name: str) -> Tensor: ...
+    def zero_gradients(self) -> None: ...
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken: AdamW's step count; may be set when resuming."""
+
+    @steps.setter
+    def steps(self, value: int, /) -> None: ...
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: parameters, gradients, moments, activations, scratch."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of one step (2 per multiply-add)."""
+
+class Engine:
+    """Decoding: packed weights, the key-value cache, and the sequences in flight.
+
+    dtype of the weights: "float32" or "bfloat16". budget: positions that the cache holds over all
+    sequences.
+    """
+
+    def __init__(
+        self, model: Model, *, dtype: str = "float32", max_sequences: int = 1, max_length: int = 0
+    ) -> None: ...
+    def add(
+        self,
+        tokens: npt.NDArray[np.int32],
+        *,
+        max_new_tokens: int,
+        engine: str = "deferred",
+        thresholds: Sequence[float] = (),
+        max_deferred: int = 15,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        sample: int = 0,
+        stop_tokens: Sequence[int] = (),
+    ) -> int:
+        """Admits a prompt and returns its sequence number. engine: "full" or "deferred"."""
+
+    def step(self) -> npt.NDArray[np.void]:
+        """One batch step: a structured array of events (sequence int32, token int32, exit int32,
+        confidence float32, logprob float32, done int32: 0 no, 1 length, 2 stop token). Empty when
+        nothing is in flight."""
+
+    def remove(self, sequence: int) -> None:
+        """Ends a sequence and frees its place in the cache."""
+
+    @property
+    def active(self) -> int: ...
+
+def build_info() -> dict[str, Any]: ...
+def measure_bandwidth(threads: int, mebibytes: int) -> float:
+    """Read bandwidth of memory in bytes/s, best of several passes."""
+
+def measure_flops(threads: int, isa: str) -> float:
+    """Rate of a large matrix product of this package in FLOP/s."""
+
+def alloc_stats() -> tuple[int, int, int]:
+    """(allocations since start, live allocations, live bytes)"""
+
+def set_log(callback: Any) -> None:
+    """callback(level: int, line: str) receives the core's log; None restores the default."""
+
+def _symbols() -> dict[str, int]: ...
+def _alloc_fail_at(n: int) -> None: ...
