@@ -1,18 +1,27 @@
-"""Builds the native core. Metadata stands in pyproject.toml; this file only finds sources.
+"""Builds the native core. Metadata stands in pyproject.toml; this file finds sources and compiles.
 
 Switches, read from the environment (0 or 1 unless said otherwise):
-  EELLM_DEBUG       -O1 -g instead of -O3
+  EELLM_DEBUG       -O1 instead of -O3
   EELLM_NATIVE      compile everything but the kernels for this CPU (-march=native)
   EELLM_SANITIZE    e.g. "address,undefined"
   EELLM_WERROR      warnings are errors
   EELLM_ABI3        build one module for all Python versions from 3.11 on
+  EELLM_CUDA, EELLM_MPI, EELLM_NCCL, EELLM_BLAS
+                    auto, 0 or 1: without the part if it is not to be had, without it, or fail.
+                    This version has none of them.
+  EELLM_CUDA_ARCHS  for the CUDA part alone
+CC, CFLAGS and LDFLAGS are respected.
 """
 
 import os
 import platform
+import re
+import shlex
+import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy
@@ -27,13 +36,39 @@ if X86:
     avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
     LEVELS["avx2"] = [*avx2, "-DEE_LEVEL_AVX2"]
     LEVELS["avx512"] = [*avx2, *avx512, "-mprefer-vector-width=512", "-DEE_LEVEL_AVX512"]
+PARTS = ("CUDA", "MPI", "NCCL", "BLAS")
+SANITIZERS = ("address", "undefined", "leak", "thread")
+
+
+def fail(text):
+    raise SystemExit(f"eellm: error: {text}")
 
 
 def switch(name):
     value = os.environ.get(name, "0")
     if value not in ("0", "1", ""):
-        raise SystemExit(f"eellm: error: {name} must be 0 or 1, got '{value}'")
+        fail(f"{name} is invalid (expected 0 or 1, got '{value}')")
     return value == "1"
+
+
+def sanitizers():
+    names = [name for name in os.environ.get("EELLM_SANITIZE", "").split(",") if name]
+    for name in names:
+        if name not in SANITIZERS:
+            fail(f"EELLM_SANITIZE is invalid (expected {', '.join(SANITIZERS)}, got '{name}')")
+    return names
+
+
+def check_parts():
+    for part in PARTS:
+        name = f"EELLM_{part}"
+        value = os.environ.get(name) or "auto"
+        if value not in ("auto", "0", "1"):
+            fail(f"{name} is invalid (expected auto, 0 or 1, got '{value}')")
+        if value == "1":
+            fail(f"{name}=1, but this version has no {part} part; unset {name}")
+    if os.environ.get("EELLM_CUDA_ARCHS"):
+        fail("EELLM_CUDA_ARCHS needs the CUDA part, which this version does not have; unset it")
 
 
 def common_flags():
@@ -43,66 +78,125 @@ def common_flags():
     flags += ["-Wno-missing-field-initializers"]
     if switch("EELLM_WERROR"):
         flags += ["-Werror"]
-    if os.environ.get("EELLM_SANITIZE"):
-        flags += [f"-fsanitize={os.environ['EELLM_SANITIZE']}", "-fno-omit-frame-pointer"]
-    return flags
+    if sanitizers():
+        flags += [f"-fsanitize={','.join(sanitizers())}", "-fno-omit-frame-pointer"]
+    return [*flags, *shlex.split(os.environ.get("CFLAGS", ""))]
 
 
-def is_fresh(target, dependencies, command):
-    """Whether an object was made by this command from files that have not changed since."""
-    record = target.with_suffix(".cmd")
-    if not (target.exists() and dependencies.exists() and record.exists()):
+def boundary_flags():
+    """For csrc/python alone, so that nothing else is compiled anew for another Python or NumPy."""
+    flags = [f"-I{sysconfig.get_path('include')}", f"-I{numpy.get_include()}"]
+    return flags + (["-DPy_LIMITED_API=0x030B0000"] if switch("EELLM_ABI3") else [])
+
+
+@cache
+def changed_at(file):
+    return os.stat(file).st_mtime_ns if os.path.exists(file) else sys.maxsize
+
+
+def is_fresh(target, files, record, command):
+    """Whether a file was made by this command, and from files that have not changed since."""
+    if not (target.exists() and record.exists() and record.read_text() == shlex.join(command)):
         return False
-    if record.read_text() != " ".join(command):
-        return False
-    files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    made = target.stat().st_mtime
-    return all(os.path.exists(file) and os.path.getmtime(file) < made for file in files)
+    made = target.stat().st_mtime_ns
+    return all(changed_at(file) < made for file in files)
+
+
+def included(dependencies):
+    """The files that the compiler noted as read for an object."""
+    if not dependencies.exists():
+        return [dependencies]
+    text = dependencies.read_text().replace("\\\n", " ").split(": ", 1)[1]
+    return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", text) if name]
 
 
 class BuildCore(build_ext):
     """Compiles kernels/cpu once per instruction-set level, and everything in parallel."""
 
+    def compiler_command(self):
+        """The compiler without the flags of the interpreter's own build."""
+        command = self.compiler.compiler_so
+        flag = next((i for i, part in enumerate(command) if part.startswith("-")), len(command))
+        if not shutil.which(command[0]):
+            fail(f"no C compiler '{command[0]}'; run: apt-get install gcc libc6-dev, or set CC")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            fail("Python's headers are missing; run: apt-get install python3-dev")
+        return command[:flag]
+
+    def compile_jobs(self, temp):
+        """(command, object) of every source and level."""
+        native = ["-march=native"] if switch("EELLM_NATIVE") else []
+        sources = []
+        for source in sorted((ROOT / "csrc").rglob("*.c")):
+            boundary = boundary_flags() if source.parent.name == "python" else []
+            sources.append((source, "", native + boundary))
+        for level, flags in LEVELS.items():
+            for source in sorted((ROOT / "kernels/cpu").glob("*.c")):
+                sources.append((source, level, [*flags, f"-DEE_ISA_SUFFIX=_{level}"]))
+        base = [*self.compiler_command(), *common_flags(), "-fPIC"]
+        base += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}"]
+        for source, level, flags in sources:
+            target = temp / source.relative_to(ROOT).with_suffix(f".{level}.o" if level else ".o")
+            command = [*base, *flags, "-MMD", "-MF", str(target.with_suffix(".d"))]
+            yield [*command, "-c", str(source), "-o", str(target)], target
+
+    def make(self, target, record, command):
+        """Runs the command that makes the target; the record says that it has succeeded."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        self.spawn(command)
+        record.write_text(shlex.join(command))
+
     def build_extension(self, extension):
-        output = Path(self.get_ext_fullpath(extension.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
         # One place for objects, whichever command builds: an editable install and a later
         # build_ext share them.
         temp = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}"]
-        include += [f"-I{sysconfig.get_path('include')}", f"-I{numpy.get_include()}"]
-        native = ["-march=native"] if switch("EELLM_NATIVE") else []
-        abi3 = ["-DPy_LIMITED_API=0x030B0000"] if switch("EELLM_ABI3") else []
-        jobs = []
-        for source in sorted((ROOT / "csrc").rglob("*.c")):
-            jobs.append((source, "", native + abi3))
-        for level, flags in LEVELS.items():
-            for source in sorted((ROOT / "kernels/cpu").glob("*.c")):
-                jobs.append((source, level, [*flags, f"-DEE_ISA_SUFFIX=_{level}"]))
+        jobs = list(self.compile_jobs(temp))
+        stale = [
+            (target, target.with_suffix(".cmd"), command)
+            for command, target in jobs
+            if not is_fresh(
+                target, included(target.with_suffix(".d")), target.with_suffix(".cmd"), command
+            )
+        ]
+        objects = [str(target) for _, target in jobs]
+        fresh = output.with_name(output.name + ".new")
+        link = [*self.compiler.linker_so, *objects, "-o", str(fresh), "-pthread", "-lm"]
+        link += [flag for flag in common_flags() if flag.startswith("-fsanitize")]
+        record = temp / f"{output.parent.name}-{output.name}.cmd"
+        if not stale and is_fresh(output, objects, record, link):
+            return
+        self.report(output, jobs[0][0][0], len(stale))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            tasks = [pool.submit(self.make, *job) for job in stale]
+            try:
+                for task in tasks:
+                    task.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        # Never a half-written module, and never one changed under a process that runs it.
+        self.make(fresh, record, link)
+        fresh.replace(output)
+        if switch("EELLM_ABI3"):  # else the interpreter would prefer the one for it alone
+            output.with_name(f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(True)
 
-        compiler = self.compiler.compiler_so[0]
-        base = [*common_flags(), "-fPIC", *include]
-
-        def compile_one(job):
-            source, level, flags = job
-            target = temp / source.relative_to(ROOT).with_suffix(f".{level}.o" if level else ".o")
-            dependencies = target.with_suffix(".d")
-            command = [compiler, *base, *flags, "-MMD", "-MF", str(dependencies)]
-            command += ["-c", str(source), "-o", str(target)]
-            if not is_fresh(target, dependencies, command):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.spawn(command)
-                target.with_suffix(".cmd").write_text(" ".join(command))
-            return str(target)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, jobs))
-        link = [*self.compiler.linker_so, *objects, "-o", str(output), "-pthread", "-lm"]
-        link += [flag for flag in base if flag.startswith("-fsanitize")]
-        self.spawn(link)
+    def report(self, output, compiler, count):
+        modes = [name for name in ("DEBUG", "NATIVE", "WERROR", "ABI3") if switch(f"EELLM_{name}")]
+        modes += sanitizers()
+        print(
+            f"eellm: building {output.name}: {count} files, {compiler}, "
+            f"Python {platform.python_version()}, NumPy {numpy.__version__}; "
+            f"kernels for {', '.join(LEVELS)}; modes: {', '.join(modes) or 'none'}; "
+            f"not in this version: {', '.join(PARTS)}",
+            file=sys.stderr,
+        )
 
 
+check_parts()
 setup(
     ext_modules=[Extension("eellm._core", sources=[], py_limited_api=switch("EELLM_ABI3"))],
     cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if switch("EELLM_ABI3") else {},
 )

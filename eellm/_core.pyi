@@ -5,7 +5,7 @@ Arrays go in and out without copies: inputs must be C-contiguous and of the stat
 a second thread calls it. Messages of errors say what was wrong, what was expected, what to do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -73,16 +73,16 @@ class Model:
     def threads(self) -> int: ...
     @property
     def isa(self) -> str: ...
-    def parameter(self, name: str) -> Tensor:
+    def parameter(self, name: str, /) -> Tensor:
         """The parameter, to be read and written in place. KeyError if there is none."""
 
-    def initialize(self, initializer_range: float, seed: int) -> None:
+    def initialize(self, initializer_range: float, seed: int, /) -> None:
         """Draws initial values: a function of (seed, name, element) alone."""
 
-    def initialize_parameter(self, name: str, initializer_range: float, seed: int) -> None:
+    def initialize_parameter(self, name: str, initializer_range: float, seed: int, /) -> None:
         """The same for one parameter (a new exit on a trained model)."""
 
-    def forward(self, tokens: npt.NDArray[np.int32], out: npt.NDArray[np.float32]) -> None:
+    def forward(self, tokens: npt.NDArray[np.int32], out: npt.NDArray[np.float32], /) -> None:
         """Logits of every exit, the final one last: tokens [B, T] -> out [E, B, T, V]."""
 
 class Trainer:
@@ -151,9 +151,9 @@ class Trainer:
         confidence, correct: float32 / bool [E, M, N] for thresholds to be chosen from (correct:
         argmax equals the final exit's)."""
 
-    def gradient(self, name: str) -> Tensor: ...
-    def moment1(self, name: str) -> Tensor: ...
-    def moment2(self, name: str) -> Tensor: ...
+    def gradient(self, name: str, /) -> Tensor: ...
+    def moment1(self, name: str, /) -> Tensor: ...
+    def moment2(self, name: str, /) -> Tensor: ...
     def zero_gradients(self) -> None: ...
     @property
     def steps(self) -> int:
@@ -166,18 +166,25 @@ class Trainer:
         """Bytes: parameters, gradients, moments, activations, scratch."""
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Floating-point operations of the matrix products of one step (2 per multiply-add)."""
 
 class Engine:
     """Decoding: packed weights, the key-value cache, and the sequences in flight.
 
-    dtype of the weights: "float32" or "bfloat16". budget: positions that the cache holds over all
-    sequences.
+    The weights are copied when the engine is made. dtype of theirs: "float32" or "bfloat16".
+    max_sequences: in flight at a time. max_length: positions of a sequence, 0: the model's context.
+    positions: what the cache holds over all sequences, 0: as much as they could ever need.
     """
 
     def __init__(
-        self, model: Model, *, dtype: str = "float32", max_sequences: int = 1, max_length: int = 0
+        self,
+        model: Model,
+        *,
+        dtype: str = "float32",
+        max_sequences: int = 1,
+        max_length: int = 0,
+        positions: int = 0,
     ) -> None: ...
     def add(
         self,
@@ -194,31 +201,49 @@ class Engine:
         sample: int = 0,
         stop_tokens: Sequence[int] = (),
     ) -> int:
-        """Admits a prompt and returns its sequence number. engine: "full" or "deferred"."""
+        """Admits a prompt and returns its sequence number, which is never used again.
+
+        engine: "full" or "deferred". thresholds: one for each early exit, one for all, or none
+        (1.0). Raises Error when there is no room now.
+        """
 
     def step(self) -> npt.NDArray[np.void]:
         """One batch step: a structured array of events (sequence int32, token int32, exit int32,
-        confidence float32, logprob float32, done int32: 0 no, 1 length, 2 stop token). Empty when
-        nothing is in flight."""
+        confidence float32, logprob float32, done int32: 0 no, 1 length, 2 stop token).
+
+        Each sequence whose prompt is read makes one token; a long prompt is read over several
+        steps, which may have no events. Sequences that are done leave. NonFiniteError ends the
+        sequence that it names; the events of the others come with the next call."""
 
     def remove(self, sequence: int) -> None:
         """Ends a sequence and frees its place in the cache."""
 
+    def _cache(
+        self, sequence: int, layer: int, /
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Copies of the keys and values that stand in a layer, [fill, K, D]."""
+
     @property
-    def active(self) -> int: ...
+    def active(self) -> int:
+        """Sequences in flight, and those whose last events have not been handed out."""
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """steps; half_layers (that ran, summed over rows) and head_rows (rows through an output
+        matrix); weight_bytes and cache_bytes."""
 
 def build_info() -> dict[str, Any]: ...
-def measure_bandwidth(threads: int, mebibytes: int) -> float:
+def measure_bandwidth(threads: int, mebibytes: int, /) -> float:
     """Read bandwidth of memory in bytes/s, best of several passes."""
 
-def measure_flops(threads: int, isa: str) -> float:
+def measure_flops(threads: int, isa: str, /) -> float:
     """Rate of a large matrix product of this package in FLOP/s."""
 
 def alloc_stats() -> tuple[int, int, int]:
     """(allocations since start, live allocations, live bytes)"""
 
-def set_log(callback: Any) -> None:
+def set_log(callback: Callable[[int, str], object] | None, /) -> None:
     """callback(level: int, line: str) receives the core's log; None restores the default."""
 
 def _symbols() -> dict[str, int]: ...
-def _alloc_fail_at(n: int) -> None: ...
+def _alloc_fail_at(n: int, /) -> None: ...

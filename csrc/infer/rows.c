@@ -4,8 +4,10 @@
 
 /* -- The batch -- */
 
-static enum ee_status lay_out(struct ee_runner *r, int64_t rows, int64_t head_rows) {
+/* Cuts the arrays for the runner's capacities from its arena. */
+static enum ee_status lay_out(struct ee_runner *r) {
     const struct ee_config *c = &r->model->config;
+    int64_t rows = r->rows.capacity, head_rows = r->head_capacity;
     int64_t C = c->hidden_size, F = c->intermediate_size;
     int64_t attention = (int64_t)c->num_heads * c->head_dim;
     int64_t joined = attention + 2 * (int64_t)c->num_kv_heads * c->head_dim;
@@ -67,16 +69,21 @@ void ee_runner_free(struct ee_runner *r) {
 enum ee_status ee_runner_reserve(struct ee_runner *r, int64_t rows, int64_t head_rows) {
     if (rows <= r->rows.capacity && head_rows <= r->head_capacity)
         return EE_OK;
-    rows = ee_max(rows, r->rows.capacity);
-    head_rows = ee_max(head_rows, r->head_capacity);
+    /* A copy grows, so that after a failure the sequences in flight still have their memory. */
+    struct ee_runner larger = *r;
+    larger.rows.count = 0;
+    larger.rows.capacity = ee_max(rows, r->rows.capacity);
+    larger.head_capacity = ee_max(head_rows, r->head_capacity);
+    ee_arena_init(&larger.arena, r->arena.what);
+    EE_TRY(lay_out(&larger));
+    EE_TRY(ee_arena_bind(&larger.arena, 0));
+    enum ee_status status = lay_out(&larger);
+    if (status != EE_OK) {
+        ee_arena_free(&larger.arena);
+        return status;
+    }
     ee_arena_free(&r->arena);
-    r->rows.capacity = r->head_capacity = r->rows.count = 0;
-    ee_arena_init(&r->arena, "the rows of a decoding step");
-    EE_TRY(lay_out(r, rows, head_rows));
-    EE_TRY(ee_arena_bind(&r->arena, 0));
-    EE_TRY(lay_out(r, rows, head_rows));
-    r->rows.capacity = rows;
-    r->head_capacity = head_rows;
+    *r = larger;
     return EE_OK;
 }
 

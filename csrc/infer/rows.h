@@ -53,7 +53,8 @@ struct ee_runner ee_runner_init(const struct ee_model *model, const struct ee_we
                                 struct ee_cache *cache);
 void ee_runner_free(struct ee_runner *runner);
 
-/* Memory for so many rows in a batch and in front of an exit. Rows in the batch are lost. */
+/* Memory for so many rows in a batch and in front of an exit. Rows in the batch are lost, unless it
+ * fails. */
 EE_WARN_UNUSED enum ee_status ee_runner_reserve(struct ee_runner *runner, int64_t rows,
                                                 int64_t head_rows);
 
@@ -71,8 +72,8 @@ EE_WARN_UNUSED enum ee_status ee_rows_embed(struct ee_runner *runner);
  * kind EE_ROW_FILL end (and leave the batch) as soon as these are written. */
 EE_WARN_UNUSED enum ee_status ee_rows_run(struct ee_runner *runner, int32_t depth);
 
-/* The parts of a layer that exits use too. Rows: hidden states x[n, C] at (sequence, position).
- * `project` makes queries or keys or values ready for attention: norm of each head, rotation. */
+/* The parts of a layer that heads use too, on n rows. `project` makes queries or keys [n, .., D]
+ * ready for attention: the norm of each head where there is one, then the rotation. */
 EE_WARN_UNUSED enum ee_status ee_runner_norm(struct ee_runner *runner, float *y, const float *x,
                                              int64_t n, const struct ee_norm_weights *norm);
 EE_WARN_UNUSED enum ee_status ee_runner_project(struct ee_runner *runner,

@@ -30,13 +30,18 @@ static int32_t first_deferred(const struct ee_sequence *s) {
     return (int32_t)s->count - 1 - s->deferred;
 }
 
+/* Nothing more of this sequence needs to run: it fails, or its last token is chosen. */
+static bool ended(const struct ee_sequence *s) {
+    return s->step.failed || (s->step.decided && s->step.event.done != EE_NOT_DONE);
+}
+
 /* Deferred rows that stand at this depth join the row that came from above. */
 static void join_deferred(struct ee_engine *engine) {
     struct ee_rows *rows = &engine->runner.rows;
     size_t C = (size_t)engine->model->config.hidden_size;
     for (int32_t slot = 0; slot < engine->cache->max_sequences; slot++) {
         struct ee_sequence *s = engine->sequences[slot];
-        if (!s || !s->step.token_row || s->step.left || s->step.failed)
+        if (!s || !s->step.token_row || s->step.left || ended(s))
             continue;
         for (int32_t i = 0; i < s->deferred; i++) {
             if (s->depth[i] != rows->depth)
@@ -47,7 +52,7 @@ static void join_deferred(struct ee_engine *engine) {
     }
 }
 
-/* Rows of sequences that left or failed at this depth leave the batch; those that left are kept.
+/* Rows of sequences that left or ended at this depth leave the batch; those that left are kept.
  * Keeping them changes nothing that a repeated step would not do again. Rows that only fill keys
  * and values leave when all of these are written. */
 static void leave(struct ee_engine *engine) {
@@ -57,11 +62,11 @@ static void leave(struct ee_engine *engine) {
     for (int64_t i = rows->count; i-- > 0;) {
         struct ee_sequence *s = engine->sequences[rows->sequence[i]];
         int32_t place = rows->position[i] - first_deferred(s);
-        if (s->step.left && place >= 0) {
+        if (ended(s) || (filled && rows->kind[i] == EE_ROW_FILL)) {
+            ee_rows_remove(rows, i, C);
+        } else if (s->step.left && place >= 0) {
             memcpy(s->hidden + (int64_t)place * C, rows->x + i * C, (size_t)C * sizeof(float));
             s->depth[place] = rows->depth;
-            ee_rows_remove(rows, i, C);
-        } else if (s->step.failed || (filled && rows->kind[i] == EE_ROW_FILL)) {
             ee_rows_remove(rows, i, C);
         }
     }

@@ -543,7 +543,7 @@ static enum ee_status check_adamw_params(const struct ee_adamw_params *params) {
         EE_FAIL(EE_ERR_INVALID, "adamw: params must not be NULL");
     const struct {
         const char *name;
-        float value, below;
+        double value, below;
     } fields[] = {
         {"learning_rate", params->learning_rate, INFINITY},
         {"beta1", params->beta1, 1},
@@ -554,7 +554,7 @@ static enum ee_status check_adamw_params(const struct ee_adamw_params *params) {
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         if (!(fields[i].value >= 0 && fields[i].value < fields[i].below))
             EE_FAIL(EE_ERR_INVALID, "adamw: %s must lie in [0, %g), got %g", fields[i].name,
-                    (double)fields[i].below, (double)fields[i].value);
+                    fields[i].below, fields[i].value);
     }
     if (!isfinite(params->gradient_scale))
         EE_FAIL(EE_ERR_INVALID, "adamw: gradient_scale must be finite, got %g",

@@ -17,7 +17,9 @@
  *   [threads]. Operations marked [rows] give each row bits that depend on that row alone: not on
  *   the other rows, their number, the threads or the instruction set (inference relies on it);
  * - sums inside a row run over 16 lanes (element i in lane i % 16, ascending) that are added as one
- *   tree: lanes i and i + 8, then i + 4, i + 2, i + 1. */
+ *   tree: lanes i and i + 8, then i + 4, i + 2, i + 1. Sums over a vocabulary do so in blocks of
+ *   1,024 elements, the blocks added in ascending order in float64: in one chain a large term would
+ *   swallow the small ones of its lane. */
 #ifndef EE_OPS_H
 #define EE_OPS_H
 
@@ -168,8 +170,9 @@ struct ee_dropout {
     const uint64_t *row; /* [N] */
 };
 
-/* y[N, C] = residual + kept(x) / (1 - p); residual or NULL (then 0). In place allowed for both.
- * The gradient with respect to x is the same call on dy without residual. */
+/* y[N, C] = residual + kept(x) * (1 / (1 - p) rounded to float32); residual or NULL (then 0). In
+ * place allowed for both. The gradient with respect to x is the same call on dy without residual.
+ */
 EE_WARN_UNUSED enum ee_status ee_dropout(struct ee_ctx *ctx, const struct ee_tensor *y,
                                          const struct ee_tensor *x,
                                          const struct ee_tensor *residual,
@@ -270,7 +273,7 @@ EE_WARN_UNUSED enum ee_status ee_sum_squares(struct ee_ctx *ctx, double *sum,
 
 /* AdamW (Loshchilov and Hutter, 2019), as PyTorch computes it. */
 struct ee_adamw_params {
-    float learning_rate, beta1, beta2, eps, weight_decay;
+    double learning_rate, beta1, beta2, eps, weight_decay; /* 1 - beta must not be rounded twice */
     float gradient_scale; /* the gradient is multiplied by this first (clipping) */
     int64_t step;         /* from 1 */
 };
@@ -283,8 +286,10 @@ EE_WARN_UNUSED enum ee_status ee_adamw(struct ee_ctx *ctx, const struct ee_tenso
                                        const struct ee_tensor *gradient,
                                        const struct ee_adamw_params *params);
 
-/* x[i] = mean + std * (the i-th number of the standard normal stream `key`): Box-Muller on
- * Philox(key, 0, i / 4), contiguous x. std 0 fills with the mean. */
+/* x[i] = mean + std * (the i-th number of the standard normal stream `key`), contiguous x:
+ * Box-Muller on the words w of Philox(key, 0, i / 4) in float64. Words 0 and 1 give elements 4j and
+ * 4j + 1, words 2 and 3 the next two: radius sqrt(-2 ln((w + 1) / 2^32)) of the first word times
+ * the cosine, then the sine, of 2 pi w / 2^32 of the second. std 0 fills with the mean. */
 EE_WARN_UNUSED enum ee_status ee_normal(struct ee_ctx *ctx, const struct ee_tensor *x, float mean,
                                         float std, uint64_t key);
 

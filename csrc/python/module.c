@@ -2,7 +2,6 @@
 #include "python/py_util.h"
 
 #include "base/alloc.h"
-
 #include "base/log.h"
 
 PyTypeObject *create_type(PyObject *module, PyType_Spec *spec) {
@@ -35,8 +34,38 @@ PyObject *raise_status(struct module_state *state, enum ee_status status) {
     case EE_ERR_INTERNAL:
         break;
     }
-    PyErr_SetString(type, ee_last_error());
+    /* A name in the message may have been cut within a character. */
+    const char *message = ee_last_error();
+    PyObject *text = PyUnicode_DecodeUTF8(message, (Py_ssize_t)strlen(message), "replace");
+    if (text)
+        PyErr_SetObject(type, text);
+    Py_XDECREF(text);
     return NULL;
+}
+
+PyObject *raise_type(const char *what, const char *expected, PyObject *got) {
+    PyObject *name = PyType_GetName(Py_TYPE(got));
+    if (name)
+        PyErr_Format(PyExc_TypeError, "%s must be %s, got %S", what, expected, name);
+    Py_XDECREF(name);
+    return NULL;
+}
+
+int seed_converter(PyObject *object, void *out) {
+    PyObject *number = PyNumber_Index(object);
+    if (!number) {
+        PyErr_Clear();
+        raise_type("a seed", "an integer", object);
+        return 0;
+    }
+    *(uint64_t *)out = PyLong_AsUnsignedLongLong(number);
+    bool ok = !PyErr_Occurred();
+    if (!ok) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "a seed must lie between 0 and 2**64 - 1, got %S", number);
+    }
+    Py_DECREF(number);
+    return ok;
 }
 
 static PyObject *alloc_stats(PyObject *module, PyObject *unused) {
@@ -56,38 +85,58 @@ static PyObject *alloc_fail_at(PyObject *module, PyObject *n) {
     Py_RETURN_NONE;
 }
 
-/* The callable that receives the core's log, or NULL. */
+/* The callable that receives the core's log, or NULL. One for the process, as the log is. */
 static PyObject *log_callback;
 
 /* Exceptions of the callback are reported and dropped: the core cannot handle them. */
 static void forward_log(enum ee_log_level level, const char *line) {
+    if (!Py_IsInitialized())
+        return;
     PyGILState_STATE gil = PyGILState_Ensure();
-    if (log_callback) {
-        PyObject *result = PyObject_CallFunction(log_callback, "is", (int)level, line);
+    PyObject *callback = log_callback;
+    if (callback) {
+        /* The callback may replace itself. */
+        Py_INCREF(callback);
+        PyObject *text = PyUnicode_DecodeUTF8(line, (Py_ssize_t)strlen(line), "replace");
+        PyObject *result = text ? PyObject_CallFunction(callback, "iO", (int)level, text) : NULL;
         if (!result)
-            PyErr_WriteUnraisable(log_callback);
+            PyErr_WriteUnraisable(callback);
+        Py_XDECREF(text);
         Py_XDECREF(result);
+        Py_DECREF(callback);
     }
     PyGILState_Release(gil);
 }
 
 static PyObject *set_log(PyObject *module, PyObject *callback) {
     (void)module;
-    Py_XDECREF(log_callback);
+    if (callback != Py_None && !PyCallable_Check(callback))
+        return raise_type("callback", "callable or None", callback);
+    PyObject *old = log_callback;
     log_callback = callback == Py_None ? NULL : Py_NewRef(callback);
     ee_log_set_sink(log_callback ? forward_log : NULL);
+    Py_XDECREF(old);
     Py_RETURN_NONE;
 }
 
+/* The first line of each text is the signature that inspect.signature() shows. */
 static PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "What was built in, and what this machine runs."},
-    {"measure_bandwidth", measure_bandwidth, METH_VARARGS, "Read bandwidth of memory, bytes/s."},
-    {"measure_flops", measure_flops, METH_VARARGS, "Rate of a large matrix product, FLOP/s."},
-    {"set_log", set_log, METH_O, "callback(level, line) receives the core's log; None: default."},
-    {"_symbols", symbols, METH_NOARGS, "Addresses of the core's functions, for tests."},
+    {"build_info", build_info, METH_NOARGS,
+     "build_info($module, /)\n--\n\nWhat was built in, and what this machine runs."},
+    {"measure_bandwidth", measure_bandwidth, METH_VARARGS,
+     "measure_bandwidth($module, threads, mebibytes, /)\n--\n\n"
+     "Read bandwidth of memory, bytes/s."},
+    {"measure_flops", measure_flops, METH_VARARGS,
+     "measure_flops($module, threads, isa, /)\n--\n\nRate of a large matrix product, FLOP/s."},
+    {"set_log", set_log, METH_O,
+     "set_log($module, callback, /)\n--\n\n"
+     "callback(level, line) receives the core's log; None restores the default."},
+    {"_symbols", symbols, METH_NOARGS,
+     "_symbols($module, /)\n--\n\nAddresses of the core's functions, for tests."},
     {"alloc_stats", alloc_stats, METH_NOARGS,
-     "(allocations since start, live allocations, live bytes)"},
-    {"_alloc_fail_at", alloc_fail_at, METH_O, "The n-th allocation from now fails; 0: none."},
+     "alloc_stats($module, /)\n--\n\n(allocations since start, live allocations, live bytes)"},
+    {"_alloc_fail_at", alloc_fail_at, METH_O,
+     "_alloc_fail_at($module, n, /)\n--\n\nThe n-th allocation from now fails; 0: none."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -3,6 +3,7 @@
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include <math.h>
 #include <numpy/arrayobject.h>
 
 static const struct {
@@ -19,26 +20,39 @@ int import_numpy(void) {
     return 0;
 }
 
+/* Whether the array's elements are of the type, in this machine's order of bytes. */
+static bool has_type(PyArrayObject *array, enum array_type type) {
+    return PyArray_EquivTypenums(PyArray_TYPE(array), types[type].number) &&
+           PyArray_ISNOTSWAPPED(array);
+}
+
 static bool take(PyObject *object, const char *name, enum array_type type, int ndim,
                  Py_ssize_t *shape, void **data) {
     if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s must be a NumPy array of %s, got %s; use np.asarray",
-                     name, types[type].name, Py_TYPE(object)->tp_name);
+        PyObject *got = PyType_GetName(Py_TYPE(object));
+        PyErr_Format(PyExc_TypeError,
+                     "%s must be a NumPy array of %s, got %V; use np.asarray(..., np.%s)", name,
+                     types[type].name, got, "another type", types[type].name);
+        Py_XDECREF(got);
         return false;
     }
     PyArrayObject *array = (PyArrayObject *)object;
-    if (PyArray_TYPE(array) != types[type].number) {
+    if (!has_type(array, type)) {
         PyErr_Format(PyExc_ValueError, "%s must be of dtype %s, got %S; use .astype(np.%s)", name,
                      types[type].name, (PyObject *)PyArray_DESCR(array), types[type].name);
         return false;
     }
     if (PyArray_NDIM(array) != ndim) {
-        PyErr_Format(PyExc_ValueError, "%s must have %d dimensions, got %d", name, ndim,
-                     PyArray_NDIM(array));
+        PyErr_Format(PyExc_ValueError, "%s must have %d dimensions, got %d; use .reshape", name,
+                     ndim, PyArray_NDIM(array));
         return false;
     }
-    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+    if (!PyArray_IS_C_CONTIGUOUS(array)) {
         PyErr_Format(PyExc_ValueError, "%s must be contiguous; use np.ascontiguousarray", name);
+        return false;
+    }
+    if (!PyArray_ISALIGNED(array)) {
+        PyErr_Format(PyExc_ValueError, "%s must be aligned in memory; use .copy()", name);
         return false;
     }
     for (int i = 0; i < ndim; i++) {
@@ -80,21 +94,36 @@ PyObject *array_new(enum array_type type, int ndim, const Py_ssize_t *shape, voi
     return array;
 }
 
-bool floats_in(PyObject *sequence, const char *name, Py_ssize_t count, float *out) {
-    Py_ssize_t size = PySequence_Size(sequence);
-    if (size < 0)
+/* Number i of a sequence. */
+static bool float_at(PyObject *sequence, const char *name, Py_ssize_t i, float *out) {
+    PyObject *item = PySequence_GetItem(sequence, i);
+    if (!item)
         return false;
+    double value = PyFloat_AsDouble(item);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s[%zd] must be a number, got %R", name, i, item);
+    } else if (!isfinite((float)value)) {
+        PyErr_Format(PyExc_ValueError, "%s[%zd] must be a finite number, got %R", name, i, item);
+    }
+    Py_DECREF(item);
+    *out = (float)value;
+    return !PyErr_Occurred();
+}
+
+bool floats_in(PyObject *sequence, const char *name, Py_ssize_t count, float *out) {
+    Py_ssize_t size = PySequence_Check(sequence) ? PySequence_Size(sequence) : -1;
+    if (size < 0) {
+        PyErr_Clear();
+        raise_type(name, "a sequence of numbers", sequence);
+        return false;
+    }
     if (size != count) {
         PyErr_Format(PyExc_ValueError, "%s must have %zd numbers, got %zd", name, count, size);
         return false;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PySequence_GetItem(sequence, i);
-        double value = item ? PyFloat_AsDouble(item) : -1;
-        Py_XDECREF(item);
-        if (PyErr_Occurred())
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!float_at(sequence, name, i, &out[i]))
             return false;
-        out[i] = (float)value;
-    }
     return true;
 }

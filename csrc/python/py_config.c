@@ -1,6 +1,7 @@
 /* From the mapping of ModelConfig.to_core to struct ee_config, by a table of fields. */
 #include "python/py_util.h"
 
+#include <math.h>
 #include <stddef.h>
 
 static const char *const families[] = {"eellm", "llama", "gpt2", NULL};
@@ -69,103 +70,190 @@ static const struct field exit_fields[] = {
     EXIT("output", FIELD_INT, output),
 };
 
-static bool read_enum(PyObject *value, const struct field *field, void *out) {
-    PyObject *text = PyUnicode_AsUTF8String(value);
-    const char *name = text ? PyBytes_AsString(text) : NULL;
-    int found = -1;
-    for (int i = 0; name && field->names[i]; i++)
-        if (strcmp(name, field->names[i]) == 0)
-            found = i;
-    if (name && found < 0)
-        PyErr_Format(PyExc_ValueError, "%s: unknown value '%s'", field->key, name);
-    Py_XDECREF(text);
-    /* All enums of the config have the size of int. */
-    if (found >= 0)
-        *(int *)out = found;
-    return found >= 0;
+/* mapping[key], a new reference; `what` is what the mapping is. */
+static PyObject *get_item(PyObject *mapping, const char *what, const char *key) {
+    /* Sequences pass for mappings, whose keys are their indices. */
+    if (!PyMapping_Check(mapping) || PyUnicode_Check(mapping) || PyList_Check(mapping) ||
+        PyTuple_Check(mapping))
+        return raise_type(what, "a mapping (see ModelConfig.to_core)", mapping);
+    PyObject *value = PyMapping_GetItemString(mapping, key);
+    if (!value && PyErr_ExceptionMatches(PyExc_KeyError)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_KeyError, "%s has no key '%s' (see ModelConfig.to_core)", what, key);
+    }
+    return value;
 }
 
-static bool read_field(PyObject *mapping, const struct field *field, char *base) {
-    PyObject *value = PyMapping_GetItemString(mapping, field->key);
+static bool read_enum(PyObject *value, const struct field *field, void *out) {
+    if (!PyUnicode_Check(value)) {
+        raise_type(field->key, "a string", value);
+        return false;
+    }
+    for (int i = 0; field->names[i]; i++) {
+        if (PyUnicode_CompareWithASCIIString(value, field->names[i]) == 0) {
+            /* All enums of the config have the size of int. */
+            *(int *)out = i;
+            return true;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "%s: unknown value %R", field->key, value);
+    return false;
+}
+
+static bool read_float(PyObject *value, const char *key, float *out) {
+    double number = PyFloat_AsDouble(value);
+    *out = (float)number;
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        raise_type(key, "a number", value);
+        return false;
+    }
+    if (!isfinite(*out))
+        PyErr_Format(PyExc_ValueError, "%s must be a finite number, got %R", key, value);
+    return isfinite(*out);
+}
+
+static bool read_int(PyObject *value, const char *key, int32_t *out) {
+    int overflow = 0;
+    PyObject *number = PyBool_Check(value) ? NULL : PyNumber_Index(value);
+    long long wide = number ? PyLong_AsLongLongAndOverflow(number, &overflow) : 0;
+    if (!number) {
+        PyErr_Clear();
+        raise_type(key, "an integer", value);
+        return false;
+    }
+    bool ok = !overflow && wide >= INT32_MIN && wide <= INT32_MAX;
+    if (!ok)
+        PyErr_Format(PyExc_ValueError, "%s: %S does not fit in 32 bits", key, number);
+    Py_DECREF(number);
+    *out = (int32_t)wide;
+    return ok;
+}
+
+static bool read_bool(PyObject *value, const char *key, bool *out) {
+    if (!PyBool_Check(value)) {
+        raise_type(key, "True or False", value);
+        return false;
+    }
+    *out = value == Py_True;
+    return true;
+}
+
+static bool read_field(PyObject *mapping, const char *what, const struct field *field, char *base) {
+    PyObject *value = get_item(mapping, what, field->key);
     if (!value)
         return false;
     void *out = base + field->offset;
-    bool ok = true;
-    if (field->kind == FIELD_ENUM) {
+    bool ok = false;
+    switch (field->kind) {
+    case FIELD_ENUM:
         ok = read_enum(value, field, out);
-    } else if (field->kind == FIELD_FLOAT) {
-        *(float *)out = (float)PyFloat_AsDouble(value);
-    } else if (field->kind == FIELD_BOOL) {
-        *(bool *)out = PyObject_IsTrue(value) == 1;
-    } else {
-        long long number = PyLong_AsLongLong(value);
-        if (!PyErr_Occurred() && (number < INT32_MIN || number > INT32_MAX)) {
-            PyErr_Format(PyExc_ValueError, "%s: %lld does not fit in 32 bits", field->key, number);
-            ok = false;
-        }
-        *(int32_t *)out = (int32_t)number;
+        break;
+    case FIELD_FLOAT:
+        ok = read_float(value, field->key, out);
+        break;
+    case FIELD_BOOL:
+        ok = read_bool(value, field->key, out);
+        break;
+    case FIELD_INT:
+        ok = read_int(value, field->key, out);
+        break;
     }
     Py_DECREF(value);
-    return ok && !PyErr_Occurred();
+    return ok;
 }
 
-static bool read_fields(PyObject *mapping, const struct field *table, size_t count, void *base) {
+static bool read_fields(PyObject *mapping, const char *what, const struct field *table,
+                        size_t count, void *base) {
     for (size_t i = 0; i < count; i++)
-        if (!read_field(mapping, &table[i], base))
+        if (!read_field(mapping, what, &table[i], base))
             return false;
     return true;
 }
 
+/* mapping[key], a sequence, and its length. */
+static PyObject *get_sequence(PyObject *mapping, const char *key, Py_ssize_t *count) {
+    PyObject *sequence = get_item(mapping, "the config", key);
+    if (!sequence)
+        return NULL;
+    *count = PySequence_Check(sequence) ? PySequence_Size(sequence) : -1;
+    if (*count >= 0)
+        return sequence;
+    PyErr_Clear();
+    raise_type(key, "a sequence", sequence);
+    Py_DECREF(sequence);
+    return NULL;
+}
+
+static bool read_exit(PyObject *exit, Py_ssize_t i, struct ee_exit_config *out) {
+    char what[32];
+    PyOS_snprintf(what, sizeof what, "early exit %d", (int)i);
+    if (!read_fields(exit, what, exit_fields, sizeof exit_fields / sizeof exit_fields[0], out))
+        return false;
+    if (out->output < EE_OUTPUT_FINAL)
+        PyErr_Format(PyExc_ValueError,
+                     "%s: output must be the index of an exit, or own (%d), embedding (%d) or "
+                     "final (%d), got %d",
+                     what, EE_OUTPUT_OWN, EE_OUTPUT_EMBEDDING, EE_OUTPUT_FINAL, out->output);
+    return out->output >= EE_OUTPUT_FINAL;
+}
+
 static bool read_exits(PyObject *mapping, struct ee_config *config) {
-    PyObject *exits = PyMapping_GetItemString(mapping, "exits");
-    Py_ssize_t count = exits ? PySequence_Size(exits) : -1;
+    Py_ssize_t count;
+    PyObject *exits = get_sequence(mapping, "exits", &count);
+    if (!exits)
+        return false;
     if (count > EE_MAX_EXITS)
         PyErr_Format(PyExc_ValueError, "there may be 0 to %d early exits, got %zd", EE_MAX_EXITS,
                      count);
     for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
         PyObject *exit = PySequence_GetItem(exits, i);
         if (exit)
-            read_fields(exit, exit_fields, sizeof exit_fields / sizeof exit_fields[0],
-                        &config->exits[i]);
+            read_exit(exit, i, &config->exits[i]);
         Py_XDECREF(exit);
     }
     config->num_exits = (int32_t)count;
-    Py_XDECREF(exits);
+    Py_DECREF(exits);
     return !PyErr_Occurred();
 }
 
 static bool read_windows(PyObject *mapping, struct ee_config *config) {
-    PyObject *window = PyMapping_GetItemString(mapping, "window");
-    Py_ssize_t count = window ? PySequence_Size(window) : -1;
-    if (count >= 0 && (count != config->num_layers || count > EE_MAX_LAYERS))
+    Py_ssize_t count;
+    PyObject *window = get_sequence(mapping, "window", &count);
+    if (!window)
+        return false;
+    if (count != config->num_layers)
         PyErr_Format(PyExc_ValueError, "window must have one number a layer (%d), got %zd",
                      config->num_layers, count);
     for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
         PyObject *item = PySequence_GetItem(window, i);
-        long long value = item ? PyLong_AsLongLong(item) : 0;
-        config->window[i] = (int32_t)ee_min(ee_max(value, -1), INT32_MAX);
+        if (item)
+            read_int(item, "window", &config->window[i]);
         Py_XDECREF(item);
     }
-    Py_XDECREF(window);
+    Py_DECREF(window);
     return !PyErr_Occurred();
 }
 
 bool config_in(PyObject *mapping, struct ee_config *config, float rope_freq[MAX_ROPE_FREQ]) {
     memset(config, 0, sizeof *config);
-    if (!read_fields(mapping, fields, sizeof fields / sizeof fields[0], config) ||
-        !read_exits(mapping, config) || !read_windows(mapping, config))
+    if (!read_fields(mapping, "the config", fields, sizeof fields / sizeof fields[0], config) ||
+        !read_exits(mapping, config))
+        return false;
+    /* ee_config_check names a number of layers that is out of range. */
+    bool layers_fit = config->num_layers >= 1 && config->num_layers <= EE_MAX_LAYERS;
+    if (layers_fit && !read_windows(mapping, config))
         return false;
     if (config->positions != EE_POSITIONS_ROPE)
         return true;
-    PyObject *freq = PyMapping_GetItemString(mapping, "rope_freq");
     Py_ssize_t half = config->rope_dims / 2;
-    bool ok = freq != NULL;
-    if (ok && (half < 1 || half > MAX_ROPE_FREQ)) {
+    if (half < 1 || half > MAX_ROPE_FREQ) {
         PyErr_Format(PyExc_ValueError, "rope_dims must lie between 2 and %d, got %d",
                      2 * MAX_ROPE_FREQ, config->rope_dims);
-        ok = false;
+        return false;
     }
-    ok = ok && floats_in(freq, "rope_freq", half, rope_freq);
+    PyObject *freq = get_item(mapping, "the config", "rope_freq");
+    bool ok = freq && floats_in(freq, "rope_freq", half, rope_freq);
     config->rope_freq = rope_freq;
     Py_XDECREF(freq);
     return ok;

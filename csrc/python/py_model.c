@@ -5,6 +5,14 @@
 #include "base/rng.h"
 #include "model/chunk.h"
 
+static PyObject *new_model(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)args, (void)kwargs;
+    PyObject *object = PyType_GenericAlloc(type, 0);
+    if (object)
+        ((struct model_object *)object)->state = PyType_GetModuleState(type);
+    return object;
+}
+
 bool begin_call(struct model_object *model) {
     if (!model->model) {
         PyErr_SetString(model->state->error, "the model is not initialised");
@@ -24,34 +32,43 @@ void end_call(struct model_object *model) {
     model->busy = false;
 }
 
+/* The model is built aside and takes its place under the GIL, so that no other thread sees half of
+ * it, nor builds a second one. */
+static int create(struct model_object *self, const struct ee_config *config, const char *isa_name,
+                  int threads) {
+    enum ee_isa isa;
+    struct ee_model *model = NULL;
+    enum ee_status status = ee_isa_from_name(&isa, isa_name);
+    self->busy = true;
+    if (status == EE_OK)
+        RUN_WITHOUT_GIL(status, ee_model_create(&model, config, isa, threads));
+    self->busy = false;
+    self->model = model;
+    if (status == EE_OK)
+        return 0;
+    raise_status(self->state, status);
+    return -1;
+}
+
 static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct model_object *self = (struct model_object *)object;
     static char *names[] = {"config", "threads", "isa", NULL};
     PyObject *mapping;
     int threads = 0;
     const char *isa_name = "";
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|is", names, &mapping, &threads, &isa_name))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|is:Model", names, &mapping, &threads,
+                                     &isa_name))
         return -1;
-    self->state = PyType_GetModuleState(Py_TYPE(object));
-    if (self->model) {
-        PyErr_SetString(self->state->error, "the model is initialised already");
-        return -1;
-    }
     struct ee_config *config = PyMem_Malloc(sizeof *config);
     float *freq = PyMem_Malloc(MAX_ROPE_FREQ * sizeof *freq);
     int result = -1;
-    if (!config || !freq) {
+    /* Reading the config may run Python code, and so let other threads in: check after it. */
+    if (!config || !freq)
         PyErr_NoMemory();
-    } else if (config_in(mapping, config, freq)) {
-        enum ee_isa isa;
-        enum ee_status status = ee_isa_from_name(&isa, isa_name);
-        if (status == EE_OK)
-            RUN_WITHOUT_GIL(status, ee_model_create(&self->model, config, isa, threads));
-        if (status != EE_OK)
-            raise_status(self->state, status);
-        else
-            result = 0;
-    }
+    else if (config_in(mapping, config, freq) && (self->model || self->busy))
+        PyErr_SetString(self->state->error, "the model is initialised already");
+    else if (!PyErr_Occurred())
+        result = create(self, config, isa_name, threads);
     PyMem_Free(config);
     PyMem_Free(freq);
     return result;
@@ -82,7 +99,7 @@ static PyObject *table_row(const struct ee_param *row) {
 
 static bool initialised(struct model_object *self) {
     if (!self->model)
-        PyErr_SetString(PyExc_RuntimeError, "the model is not initialised");
+        PyErr_SetString(self->state->error, "the model is not initialised");
     return self->model != NULL;
 }
 
@@ -118,7 +135,7 @@ static PyObject *get_isa(PyObject *object, void *closure) {
 static PyObject *parameter(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     const char *name;
-    if (!PyArg_ParseTuple(args, "s", &name) || !initialised(self))
+    if (!PyArg_ParseTuple(args, "s:parameter", &name) || !initialised(self))
         return NULL;
     int32_t row = ee_params_find(self->model->params, name);
     if (row < 0)
@@ -130,8 +147,9 @@ static PyObject *parameter(PyObject *object, PyObject *args) {
 static PyObject *initialize(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     float range;
-    unsigned long long seed;
-    if (!PyArg_ParseTuple(args, "fK", &range, &seed) || !begin_call(self))
+    uint64_t seed;
+    if (!PyArg_ParseTuple(args, "fO&:initialize", &range, seed_converter, &seed) ||
+        !begin_call(self))
         return NULL;
     struct ee_model *model = self->model;
     enum ee_status status;
@@ -146,8 +164,10 @@ static PyObject *initialize_parameter(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     const char *name;
     float range;
-    unsigned long long seed;
-    if (!PyArg_ParseTuple(args, "sfK", &name, &range, &seed) || !begin_call(self))
+    uint64_t seed;
+    if (!PyArg_ParseTuple(args, "sfO&:initialize_parameter", &name, &range, seed_converter,
+                          &seed) ||
+        !begin_call(self))
         return NULL;
     struct ee_model *model = self->model;
     int32_t row = ee_params_find(model->params, name);
@@ -201,7 +221,7 @@ static enum ee_status run_forward(const struct ee_model *model, const int32_t *t
 static PyObject *forward(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     PyObject *tokens, *out;
-    if (!PyArg_ParseTuple(args, "OO", &tokens, &out) || !initialised(self))
+    if (!PyArg_ParseTuple(args, "OO:forward", &tokens, &out) || !initialised(self))
         return NULL;
     Py_ssize_t shape[] = {-1, -1};
     void *token_data, *out_data;
@@ -221,11 +241,15 @@ static PyObject *forward(PyObject *object, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"parameter", parameter, METH_VARARGS, "A parameter, to be read and written in place."},
-    {"initialize", initialize, METH_VARARGS, "Draws initial values."},
+    {"parameter", parameter, METH_VARARGS,
+     "parameter($self, name, /)\n--\n\nA parameter, to be read and written in place."},
+    {"initialize", initialize, METH_VARARGS,
+     "initialize($self, initializer_range, seed, /)\n--\n\nDraws initial values."},
     {"initialize_parameter", initialize_parameter, METH_VARARGS,
+     "initialize_parameter($self, name, initializer_range, seed, /)\n--\n\n"
      "Draws the initial values of one parameter."},
-    {"forward", forward, METH_VARARGS, "Logits of every exit, the final one last."},
+    {"forward", forward, METH_VARARGS,
+     "forward($self, tokens, out, /)\n--\n\nLogits of every exit, the final one last."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -239,10 +263,11 @@ static PyGetSetDef getset[] = {
 static PyType_Slot slots[] = {
     {Py_tp_init, init},
     {Py_tp_dealloc, dealloc},
-    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_new, new_model},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc, "A model's config, parameters and threads."},
+    {Py_tp_doc,
+     "Model(config, threads=0, isa='')\n--\n\nA model's config, parameters and threads."},
     {0, NULL},
 };
 

@@ -1,6 +1,8 @@
 /* eellm._core.Tensor: a view of the core's memory, out through the buffer protocol and DLPack. */
 #include "python/py_util.h"
 
+#include "base/alloc.h"
+
 struct tensor_object {
     PyObject_HEAD PyObject *owner;
     struct ee_tensor tensor;
@@ -86,16 +88,30 @@ static PyObject *get_dtype(PyObject *object, void *closure) {
     return PyUnicode_FromString(ee_dtype_name(((struct tensor_object *)object)->tensor.dtype));
 }
 
+/* Whether a consumer that asks with these flags can take the tensor as it lies. */
+static bool fits_request(const struct ee_tensor *t, int flags) {
+    bool by_rows = ee_tensor_contiguous(t);
+    bool by_columns = by_rows && (t->ndim < 2 || t->shape[0] <= 1 || t->shape[1] <= 1);
+    if ((flags & PyBUF_F_CONTIGUOUS) == PyBUF_F_CONTIGUOUS && !by_columns)
+        return false;
+    bool strided = (flags & PyBUF_STRIDES) == PyBUF_STRIDES;
+    bool any_order = strided && (flags & PyBUF_C_CONTIGUOUS) != PyBUF_C_CONTIGUOUS &&
+                     (flags & PyBUF_ANY_CONTIGUOUS) != PyBUF_ANY_CONTIGUOUS;
+    return by_rows || any_order;
+}
+
 static int get_buffer(PyObject *object, Py_buffer *view, int flags) {
     struct tensor_object *self = (struct tensor_object *)object;
     const struct ee_tensor *t = &self->tensor;
+    view->obj = NULL;
     if (t->dtype != EE_F32) {
         PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; use DLPack",
                      ee_dtype_name(t->dtype));
         return -1;
     }
-    if ((flags & PyBUF_STRIDES) != PyBUF_STRIDES && !ee_tensor_contiguous(t)) {
-        PyErr_SetString(PyExc_BufferError, "the tensor is not contiguous; ask for strides");
+    if (!fits_request(t, flags)) {
+        PyErr_SetString(PyExc_BufferError,
+                        "the tensor does not lie in the order that is asked for; ask for strides");
         return -1;
     }
     view->buf = t->data;
@@ -125,12 +141,12 @@ static void release_owner(void *context) {
 
 static void delete_managed(struct dl_managed *self) {
     release_owner(self->context);
-    PyMem_RawFree(self);
+    ee_free(self);
 }
 
 static void delete_versioned(struct dl_managed_versioned *self) {
     release_owner(self->context);
-    PyMem_RawFree(self);
+    ee_free(self);
 }
 
 /* A consumed capsule has another name, and its consumer calls the deleter. */
@@ -158,9 +174,10 @@ static struct dl_tensor describe(struct tensor_object *self) {
 
 static PyObject *export_managed(struct tensor_object *self, bool versioned) {
     size_t size = versioned ? sizeof(struct dl_managed_versioned) : sizeof(struct dl_managed);
-    void *memory = PyMem_RawCalloc(1, size);
-    if (!memory)
-        return PyErr_NoMemory();
+    void *memory;
+    enum ee_status status = ee_alloc(&memory, size, "an export");
+    if (status != EE_OK)
+        return raise_status(self->state, status);
     if (versioned) {
         struct dl_managed_versioned *managed = memory;
         managed->major = 1;
@@ -177,9 +194,30 @@ static PyObject *export_managed(struct tensor_object *self, bool versioned) {
         PyCapsule_New(memory, versioned ? "dltensor_versioned" : "dltensor", capsule_destructor);
     if (!capsule) {
         Py_DECREF(self);
-        PyMem_RawFree(memory);
+        ee_free(memory);
     }
     return capsule;
+}
+
+/* The two integers of a tuple, or as they are if `pair` is None. */
+static bool read_pair(PyObject *pair, const char *name, int *first, int *second) {
+    if (pair == Py_None)
+        return true;
+    PyObject *integers[] = {NULL, NULL};
+    if (PyTuple_Check(pair) && PyTuple_Size(pair) == 2)
+        for (int i = 0; i < 2; i++)
+            integers[i] = PyNumber_Index(PyTuple_GetItem(pair, i));
+    if (integers[0] && integers[1]) {
+        *first = (int)PyLong_AsLong(integers[0]);
+        *second = (int)PyLong_AsLong(integers[1]);
+    } else {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s must be None or a tuple of two integers, got %R", name,
+                     pair);
+    }
+    Py_XDECREF(integers[0]);
+    Py_XDECREF(integers[1]);
+    return !PyErr_Occurred();
 }
 
 static PyObject *dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
@@ -192,20 +230,22 @@ static PyObject *dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
         PyErr_SetString(PyExc_BufferError, "a CPU tensor has no stream; pass stream=None");
         return NULL;
     }
-    if (copy == Py_True) {
+    int wants_copy = PyObject_IsTrue(copy);
+    if (wants_copy < 0)
+        return NULL;
+    if (wants_copy) {
         PyErr_SetString(PyExc_BufferError, "the tensor is exported without a copy; copy it after");
         return NULL;
     }
     int type = 1, id = 0, major = 0, minor = 0;
-    if (device != Py_None && !PyArg_ParseTuple(device, "ii", &type, &id))
+    if (!read_pair(device, "dl_device", &type, &id) ||
+        !read_pair(version, "max_version", &major, &minor))
         return NULL;
-    if (type != 1) {
-        PyErr_Format(PyExc_BufferError, "the tensor lies on the CPU (device type 1), asked for %d",
-                     type);
+    if (type != 1 || id != 0) {
+        PyErr_Format(PyExc_BufferError, "the tensor lies on the CPU (1, 0), asked for (%d, %d)",
+                     type, id);
         return NULL;
     }
-    if (version != Py_None && !PyArg_ParseTuple(version, "ii", &major, &minor))
-        return NULL;
     return export_managed((struct tensor_object *)object, major >= 1);
 }
 
@@ -222,8 +262,10 @@ static PyObject *repr(PyObject *object) {
 
 static PyMethodDef methods[] = {
     {"__dlpack__", (PyCFunction)(void (*)(void))dlpack, METH_VARARGS | METH_KEYWORDS,
+     "__dlpack__($self, /, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n"
      "Exports the tensor without a copy."},
-    {"__dlpack_device__", dlpack_device, METH_NOARGS, "(1, 0): the CPU."},
+    {"__dlpack_device__", dlpack_device, METH_NOARGS,
+     "__dlpack_device__($self, /)\n--\n\n(1, 0): the CPU."},
     {NULL, NULL, 0, NULL},
 };
 

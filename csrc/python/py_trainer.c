@@ -3,6 +3,9 @@
 
 #include "train/step.h"
 
+#include <limits.h>
+#include <math.h>
+
 struct trainer_object {
     PyObject_HEAD struct model_object *model;
     struct ee_trainer *trainer;
@@ -21,49 +24,90 @@ static bool read_recompute(const char *name, enum ee_recompute *recompute) {
     return false;
 }
 
+static PyObject *new_trainer(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)args, (void)kwargs;
+    PyObject *object = PyType_GenericAlloc(type, 0);
+    if (object)
+        ((struct trainer_object *)object)->state = PyType_GetModuleState(type);
+    return object;
+}
+
+/* Reads what is not a number: the kinds, and the temperatures of a model with `exits` early exits.
+ */
+static bool read_config(struct ee_trainer_config *config, const char *recompute,
+                        PyObject *temperature, int32_t exits) {
+    for (int32_t e = 0; e < exits; e++)
+        config->temperature[e] = 1;
+    if (!read_recompute(recompute, &config->recompute))
+        return false;
+    if (!temperature || temperature == Py_None)
+        return true;
+    bool empty = PySequence_Check(temperature) && PySequence_Size(temperature) == 0;
+    return empty || floats_in(temperature, "exit_temperature", exits, config->temperature);
+}
+
+/* The trainer is built aside and takes its place under the GIL, so that no other thread sees half
+ * of it. */
+static int create(struct trainer_object *self, struct model_object *model,
+                  struct ee_trainer_config *config, const char *schedule) {
+    if (!begin_call(model))
+        return -1;
+    struct ee_trainer *trainer = NULL;
+    enum ee_status status = ee_schedule_from_name(&config->schedule, schedule);
+    if (status == EE_OK)
+        RUN_WITHOUT_GIL(status, ee_trainer_create(&trainer, model->model, config));
+    end_call(model);
+    if (status != EE_OK) {
+        raise_status(self->state, status);
+        return -1;
+    }
+    if (self->trainer) {
+        ee_trainer_destroy(trainer);
+        PyErr_SetString(self->state->error, "the trainer is initialised already");
+        return -1;
+    }
+    self->trainer = trainer;
+    self->model = (struct model_object *)Py_NewRef(model);
+    return 0;
+}
+
 static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct trainer_object *self = (struct trainer_object *)object;
     static char *names[] = {"model",           "rows",     "microbatches",
                             "recompute",       "schedule", "exit_temperature",
                             "dynamic_weights", NULL};
-    struct module_state *state = PyType_GetModuleState(Py_TYPE(object));
-    struct ee_trainer_config config = {0};
+    struct ee_trainer_config config = {.microbatches = INT32_MIN};
     PyObject *model, *temperature = NULL;
-    long long rows = 0;
+    long long rows = LLONG_MIN;
     const char *recompute = "none", *schedule = "1f1b";
     int dynamic = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$LissOp", names, state->model_type, &model,
-                                     &rows, &config.microbatches, &recompute, &schedule,
-                                     &temperature, &dynamic))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$LissOp:Trainer", names,
+                                     self->state->model_type, &model, &rows, &config.microbatches,
+                                     &recompute, &schedule, &temperature, &dynamic))
         return -1;
-    if (self->trainer) {
-        PyErr_SetString(state->error, "the trainer is initialised already");
+    if (rows == LLONG_MIN || config.microbatches == INT32_MIN) {
+        PyErr_SetString(PyExc_TypeError, "Trainer() needs rows and microbatches");
         return -1;
     }
-    struct model_object *owner = (struct model_object *)model;
-    if (!begin_call(owner))
+    /* Boundaries of segments are int32. */
+    if (rows > INT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "rows must lie between 1 and %d, got %lld", INT32_MAX, rows);
         return -1;
-    self->state = state;
+    }
+    if (self->trainer) {
+        PyErr_SetString(self->state->error, "the trainer is initialised already");
+        return -1;
+    }
     config.rows = rows;
     config.dynamic_weights = dynamic;
-    int32_t exits = owner->model->config.num_exits;
-    for (int32_t e = 0; e < exits; e++)
-        config.temperature[e] = 1;
-    enum ee_status status = ee_schedule_from_name(&config.schedule, schedule);
-    bool ok = read_recompute(recompute, &config.recompute);
-    if (ok && temperature && temperature != Py_None && PySequence_Size(temperature) != 0)
-        ok = floats_in(temperature, "exit_temperature", exits, config.temperature);
-    if (ok && status == EE_OK)
-        RUN_WITHOUT_GIL(status, ee_trainer_create(&self->trainer, owner->model, &config));
-    end_call(owner);
-    if (!ok)
-        return -1;
-    if (status != EE_OK) {
-        raise_status(state, status);
+    struct model_object *owner = (struct model_object *)model;
+    if (!owner->model) {
+        PyErr_SetString(self->state->error, "the model is not initialised");
         return -1;
     }
-    self->model = (struct model_object *)Py_NewRef(model);
-    return 0;
+    if (!read_config(&config, recompute, temperature, owner->model->config.num_exits))
+        return -1;
+    return create(self, owner, &config, schedule);
 }
 
 static void dealloc(PyObject *object) {
@@ -78,7 +122,7 @@ static void dealloc(PyObject *object) {
 
 static bool initialised(struct trainer_object *self) {
     if (!self->trainer)
-        PyErr_SetString(PyExc_RuntimeError, "the trainer is not initialised");
+        PyErr_SetString(self->state->error, "the trainer is not initialised");
     return self->trainer != NULL;
 }
 
@@ -165,20 +209,21 @@ static PyObject *step(PyObject *object, PyObject *args, PyObject *kwargs) {
                             "clip",         "max_loss",      "max_grad_norm",
                             "dropout_seed", "update",        NULL};
     struct arrays a;
-    struct ee_step_settings s = {.adamw = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f},
+    struct ee_step_settings s = {.adamw = {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8},
                                  .max_loss = Py_HUGE_VAL,
                                  .max_grad_norm = Py_HUGE_VAL};
     PyObject *exit_weights = NULL;
-    unsigned long long seed = 0;
+    uint64_t seed = 0;
     int update = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|$OfffffdddKp", names, &a.tokens,
-                                     &a.targets, &a.positions, &a.row_ids, &a.segments, &a.counts,
-                                     &exit_weights, &s.adamw.learning_rate, &s.adamw.beta1,
-                                     &s.adamw.beta2, &s.adamw.eps, &s.adamw.weight_decay, &s.clip,
-                                     &s.max_loss, &s.max_grad_norm, &seed, &update) ||
+    s.adamw.learning_rate = NAN; /* not given */
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "OOOOOO|$OddddddddO&p:step", names, &a.tokens, &a.targets, &a.positions,
+            &a.row_ids, &a.segments, &a.counts, &exit_weights, &s.adamw.learning_rate,
+            &s.adamw.beta1, &s.adamw.beta2, &s.adamw.eps, &s.adamw.weight_decay, &s.clip,
+            &s.max_loss, &s.max_grad_norm, seed_converter, &seed, &update) ||
         !initialised(self))
         return NULL;
-    if (!exit_weights) {
+    if (!exit_weights || isnan(s.adamw.learning_rate)) {
         PyErr_SetString(PyExc_TypeError, "step() needs exit_weights and learning_rate");
         return NULL;
     }
@@ -234,11 +279,12 @@ static PyObject *evaluation_result(struct ee_evaluation *evaluation, int32_t exi
                          "correct", correct);
 }
 
-static PyObject *evaluate(PyObject *object, PyObject *args) {
+static PyObject *evaluate(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct trainer_object *self = (struct trainer_object *)object;
+    static char *names[] = {"tokens", "targets", "positions", "segments", "segment_counts", NULL};
     struct arrays a = {0};
-    if (!PyArg_ParseTuple(args, "OOOOO", &a.tokens, &a.targets, &a.positions, &a.segments,
-                          &a.counts) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO:evaluate", names, &a.tokens, &a.targets,
+                                     &a.positions, &a.segments, &a.counts) ||
         !initialised(self))
         return NULL;
     struct ee_step_input input;
@@ -357,14 +403,25 @@ static PyObject *get_flops(PyObject *object, void *closure) {
     return initialised(self) ? PyLong_FromDouble(ee_trainer_flops(self->trainer)) : NULL;
 }
 
+/* The first line of each text is the signature that inspect.signature() shows; 1e999 is infinity.
+ */
 static PyMethodDef methods[] = {
     {"step", (PyCFunction)(void (*)(void))step, METH_VARARGS | METH_KEYWORDS,
+     "step($self, /, tokens, targets, positions, row_ids, segments, segment_counts, *,\n"
+     "exit_weights, learning_rate, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0, clip=0.0,\n"
+     "max_loss=1e999, max_grad_norm=1e999, dropout_seed=0, update=True)\n--\n\n"
      "One optimizer step over all microbatches."},
-    {"evaluate", evaluate, METH_VARARGS, "Losses and agreement of every exit, forward only."},
-    {"gradient", gradient, METH_VARARGS, "The gradient of a parameter."},
-    {"moment1", moment1, METH_VARARGS, "AdamW's first moment of a parameter."},
-    {"moment2", moment2, METH_VARARGS, "AdamW's second moment of a parameter."},
-    {"zero_gradients", zero_gradients, METH_NOARGS, "Sets all gradients to zero."},
+    {"evaluate", (PyCFunction)(void (*)(void))evaluate, METH_VARARGS | METH_KEYWORDS,
+     "evaluate($self, /, tokens, targets, positions, segments, segment_counts)\n--\n\n"
+     "Losses and agreement of every exit, forward only."},
+    {"gradient", gradient, METH_VARARGS,
+     "gradient($self, name, /)\n--\n\nThe gradient of a parameter."},
+    {"moment1", moment1, METH_VARARGS,
+     "moment1($self, name, /)\n--\n\nAdamW's first moment of a parameter."},
+    {"moment2", moment2, METH_VARARGS,
+     "moment2($self, name, /)\n--\n\nAdamW's second moment of a parameter."},
+    {"zero_gradients", zero_gradients, METH_NOARGS,
+     "zero_gradients($self, /)\n--\n\nSets all gradients to zero."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -378,10 +435,12 @@ static PyGetSetDef getset[] = {
 static PyType_Slot slots[] = {
     {Py_tp_init, init},
     {Py_tp_dealloc, dealloc},
-    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_new, new_trainer},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc, "Gradients, moments, activation slots and a schedule."},
+    {Py_tp_doc, "Trainer(model, *, rows, microbatches, recompute='none', schedule='1f1b', "
+                "exit_temperature=(), dynamic_weights=False)\n--\n\nGradients, moments, activation "
+                "slots and a schedule."},
     {0, NULL},
 };
 

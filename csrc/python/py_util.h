@@ -27,6 +27,12 @@ static inline struct module_state *module_state(PyObject *module) {
 /* Raises the exception of a status other than EE_OK with this thread's message; returns NULL. */
 PyObject *raise_status(struct module_state *state, enum ee_status status);
 
+/* Raises TypeError "WHAT must be EXPECTED, got TYPE"; returns NULL. */
+PyObject *raise_type(const char *what, const char *expected, PyObject *got);
+
+/* For "O&" of PyArg_Parse: a seed, 0 to 2^64 - 1, into a uint64_t. */
+int seed_converter(PyObject *object, void *out);
+
 /* -- Arrays (py_array.c) ---------------------------------------------------------------------- */
 
 enum array_type { ARRAY_F32, ARRAY_I32, ARRAY_U64, ARRAY_U8, ARRAY_F64 };
@@ -46,7 +52,8 @@ bool array_out(PyObject *object, const char *name, enum array_type type, int ndi
 /* A new array, and its memory. */
 PyObject *array_new(enum array_type type, int ndim, const Py_ssize_t *shape, void **data);
 
-/* Reads `count` numbers of a sequence; raises ValueError naming `name` when the number differs. */
+/* Reads `count` numbers of a sequence; raises TypeError or ValueError naming `name` when they are
+ * none, not finite as float32, or more or fewer. */
 bool floats_in(PyObject *sequence, const char *name, Py_ssize_t count, float *out);
 
 /* -- Configs (py_config.c) -------------------------------------------------------------------- */
@@ -64,7 +71,8 @@ struct model_object {
     struct module_state *state;
 };
 
-/* Claims a model for a call; raises eellm.Error and returns false if another thread has it. */
+/* Claims a model for a call; raises eellm.Error and returns false if another thread has it, or if
+ * it was made by __new__ alone. */
 bool begin_call(struct model_object *model);
 void end_call(struct model_object *model);
 

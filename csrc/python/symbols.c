@@ -2,6 +2,8 @@
  * that users run. Private: names and signatures may change. */
 #include "python/py_util.h"
 
+#include "base/log.h"
+
 #define ENTRY(name) {#name, (void (*)(void))name},
 #define OP_ENTRY(op) ENTRY(ee_##op)
 
@@ -12,6 +14,7 @@ static const struct {
     // clang-format off
     EE_OPS(OP_ENTRY)
     ENTRY(ee_last_error)
+    ENTRY(ee_log)
     ENTRY(ee_isa_best)
     ENTRY(ee_ctx_create)
     ENTRY(ee_ctx_destroy)

@@ -91,10 +91,9 @@ static void exponentiate(const struct forward_block *block) {
         float keep[TILE];
         if (params->dropout)
             dropout_row(keep, params->dropout, params->dropout->row[block->first_row + i],
-                        ((uint64_t)block->head << 24) + (uint64_t)block->first_key,
-                        (int)round_up(to, 16));
+                        ((uint64_t)block->head << 24) + (uint64_t)block->first_key);
         for (int j = 0; j < to; j += 16) {
-            v16 w = exp_or_nan(v16_sub(v16_load(weight + j), maximum));
+            v16 w = v16_exp(v16_sub(v16_load(weight + j), maximum));
             sum = v16_add(sum, w);
             if (params->dropout)
                 w = v16_mul(w, v16_load(keep + j));

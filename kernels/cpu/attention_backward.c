@@ -22,10 +22,10 @@ struct backward {
 /* Scratch of one thread: of one key-value head the keys, of one head the queries. Rows count from
  * the start of the segment. */
 struct backward_scratch {
-    float *k, *dk, *dv;            /* [rows, padded] */
-    float *keys, *values;          /* [blocks, D, TILE], transposed */
-    float *q, *dout, *dq;          /* [rows, padded] */
-    float *lse, *delta;            /* [rows] */
+    float *k, *dk, *dv;      /* [rows, padded] */
+    float *keys, *values;    /* [blocks, D, TILE], transposed */
+    float *q, *dout, *dq;    /* [rows, padded] */
+    float *lse, *delta;      /* [rows] */
     float *weights, *scores; /* [TILE, TILE] */
 };
 
@@ -115,8 +115,7 @@ static void score_gradients(const struct backward_block *block, float *score, fl
         float keep[TILE];
         if (params->dropout)
             dropout_row(keep, params->dropout, params->dropout->row[block->start + query],
-                        ((uint64_t)block->head << 24) + (uint64_t)block->first_key,
-                        (int)round_up(to, 16));
+                        ((uint64_t)block->head << 24) + (uint64_t)block->first_key);
         const v16 lse = v16_set(block->scratch->lse[query]);
         const v16 delta = v16_set(block->scratch->delta[query]);
         for (int j = 0; j < to; j += 16) {
@@ -129,7 +128,7 @@ static void score_gradients(const struct backward_block *block, float *score, fl
             v16 x = v16_sub(s, lse);
             if (j < from || j + 16 > to)
                 x = keep_columns(x, j, from, to, MASKED);
-            v16 w = exp_or_nan(x), dw = v16_load(dweight + j), kept = w;
+            v16 w = v16_exp(x), dw = v16_load(dweight + j), kept = w;
             if (params->dropout) {
                 v16 k = v16_load(keep + j);
                 kept = v16_mul(w, k);

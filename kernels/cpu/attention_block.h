@@ -3,36 +3,16 @@
 #ifndef EE_ATTENTION_BLOCK_H
 #define EE_ATTENTION_BLOCK_H
 
-#include "base/rng.h"
 #include "cpu/attention_tile.h"
 #include "cpu/simd_math.h"
+#include "cpu/simd_philox.h"
 #include "ops/ops.h"
 
-/* A score that is masked out. Finite, so that only scores that are not give a NaN below. */
+/* A score that is masked out. Finite, so that the difference of two of them is a number. */
 #define MASKED (-0x1p126f)
 
-/* e^x, but NaN for x that is NaN or infinite: what overflowed must not look like a number. */
-static inline v16 exp_or_nan(v16 x) {
-    return v16_fma(x, v16_set(0.0f), v16_exp(x));
-}
-
-/* Polynomial for |x| < 0.625 (the form of Cephes), else by the exponential. */
-static inline v16 attention_tanh(v16 x) {
-    v16 size = v16_max(x, v16_mul(x, v16_set(-1.0f))), square = v16_mul(x, x);
-    v16 p = v16_set(-5.70498872745e-3f);
-    p = v16_fma(p, square, v16_set(2.06390887954e-2f));
-    p = v16_fma(p, square, v16_set(-5.37397155531e-2f));
-    p = v16_fma(p, square, v16_set(1.33314422036e-1f));
-    p = v16_fma(p, square, v16_set(-3.33332819422e-1f));
-    v16 small = v16_fma(v16_mul(p, square), x, x);
-    v16 e = v16_exp(v16_mul(size, v16_set(2.0f)));
-    v16 large = v16_sub(v16_set(1.0f), v16_div(v16_set(2.0f), v16_add(e, v16_set(1.0f))));
-    large = v16_select_lt(x, v16_set(0.0f), v16_mul(large, v16_set(-1.0f)), large);
-    return v16_select_lt(size, v16_set(0.625f), small, large);
-}
-
 static inline v16 soft_cap(v16 x, float cap) {
-    return v16_mul(v16_set(cap), attention_tanh(v16_div(x, v16_set(cap))));
+    return v16_mul(v16_set(cap), v16_tanh(v16_div(x, v16_set(cap))));
 }
 
 static inline v16 lane_index(void) {
@@ -56,14 +36,13 @@ static inline void visible_columns(int64_t last, int64_t window, int cols, int *
 
 /* keep[j] = 1 / (1 - p) or 0 for the keys j of a block, whose first is the channel `channel`, a
  * multiple of 4. */
-static inline void dropout_row(float *keep, const struct ee_dropout *dropout, uint64_t row,
-                               uint64_t channel, int cols) {
+static inline void dropout_row(float keep[TILE], const struct ee_dropout *dropout, uint64_t row,
+                               uint64_t channel) {
     const float p = dropout->p, factor = 1.0f / (1.0f - p);
-    for (int j = 0; j < cols; j += 4) {
-        struct ee_philox random = ee_philox(dropout->key, row, (channel + (uint64_t)j) / 4);
-        for (int i = 0; i < 4; i++)
-            keep[j + i] = ee_uniform_from_bits(random.word[i]) >= p ? factor : 0.0f;
-    }
+    uint32_t words[EE_PHILOX_WORDS];
+    philox_words(words, dropout->key, row, channel / 4);
+    for (int j = 0; j < TILE; j++)
+        keep[j] = ee_uniform_from_bits(words[j]) >= p ? factor : 0.0f;
 }
 
 /* The next `size` floats of scratch memory, aligned; NULL while only counting. */

@@ -115,7 +115,7 @@ static void weigh(const struct ee_attention_params *params, struct query *query,
     }
     const float block_maximum = v16_max_lane(highest);
     for (int j = 0; j < values->to; j += 16) {
-        v16 w = exp_or_nan(v16_sub(v16_load(weight + j), v16_set(block_maximum)));
+        v16 w = v16_exp(v16_sub(v16_load(weight + j), v16_set(block_maximum)));
         v16_store(weight + j, w);
         sum = v16_add(sum, w);
     }
@@ -128,9 +128,9 @@ static void weigh(const struct ee_attention_params *params, struct query *query,
     query->sum = fmaf(v16_sum(sum), values->factor, query->sum * values->old_factor);
 }
 
-/* All queries against the block of keys from `position` on. */
+/* All queries against the block of keys from `position` on; `ahead` are the keys after it. */
 static void rows_block(const struct rows *job, const struct rows_scratch *scratch, int64_t queries,
-                       int64_t sequence, int64_t kv_head, int64_t position) {
+                       int64_t sequence, int64_t kv_head, int64_t position, const float *ahead) {
     int active = 0, keys = 0;
     for (int64_t i = 0; i < queries; i++) {
         const struct query *query = &scratch->query[i];
@@ -150,11 +150,12 @@ static void rows_block(const struct rows *job, const struct rows_scratch *scratc
     if (active == 0)
         return;
     const int64_t at = kv_offset(job->kv, sequence, position, kv_head);
-    score_block(active, scratch->score, scratch->active_query, job->kv->k + at, job->width, keys);
+    score_block(active, scratch->score, scratch->active_query, job->kv->k + at, job->width, keys,
+                job->kv->v + at);
     for (int i = 0; i < active; i++)
         weigh(job->params, &scratch->query[scratch->active[i]], scratch->score[i],
               &scratch->values[i]);
-    add_values(active, scratch->values, job->kv->v + at, job->width);
+    add_values(active, scratch->values, job->kv->v + at, job->width, ahead);
 }
 
 /* The rows [first, end), all of one sequence, for the query heads of one key-value head. */
@@ -173,8 +174,12 @@ static void rows_group(const struct rows *job, const struct rows_scratch *scratc
         memcpy(q, ee_row(job->q, n * job->q->shape[1] + head), (size_t)job->width * sizeof(float));
     }
     memset(scratch->out, 0, (size_t)(queries * job->padded) * sizeof(float));
-    for (int64_t position = start / BLOCK * BLOCK; position <= last; position += BLOCK)
-        rows_block(job, scratch, queries, job->sequence[first], kv_head, position);
+    for (int64_t position = start / BLOCK * BLOCK; position <= last; position += BLOCK) {
+        const int64_t next = position + BLOCK, sequence = job->sequence[first];
+        const float *ahead =
+            next <= last ? job->kv->k + kv_offset(job->kv, sequence, next, kv_head) : NULL;
+        rows_block(job, scratch, queries, sequence, kv_head, position, ahead);
+    }
     for (int64_t i = 0; i < queries; i++) {
         const int64_t n = first + i / job->group, head = kv_head * job->group + i % job->group;
         float *out = ee_row(job->out, n * job->out->shape[1] + head);

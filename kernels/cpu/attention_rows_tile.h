@@ -7,7 +7,7 @@
 #ifndef EE_ATTENTION_ROWS_TILE_H
 #define EE_ATTENTION_ROWS_TILE_H
 
-#include "cpu/simd.h"
+#include "cpu/attention_tile.h"
 
 #define BLOCK 64 /* keys */
 
@@ -50,11 +50,10 @@ static inline void sum_four(float *out, v16 a, v16 b, v16 c, v16 d) {
 }
 
 /* score[r][j] = q[r] . k[j] for `queries` queries and the keys j < `keys`, rounded up to a multiple
- * of 4. The queries are padded with zeros to a multiple of 16; k is not. */
-__attribute__((always_inline)) static inline void score_queries(int queries, float *const score[],
-                                                                const float *const q[],
-                                                                const float *k, int64_t width,
-                                                                int keys) {
+ * of 4. The queries are padded with zeros to a multiple of 16; k is not. `ahead`, if not NULL, is
+ * what will be read next: as much of it is fetched. */
+ALWAYS_INLINE void score_queries(int queries, float *const score[], const float *const q[],
+                                 const float *k, int64_t width, int keys, const float *ahead) {
     const int64_t whole = width / 16 * 16;
     const int lanes = (int)(width - whole);
     for (int j = 0; j < keys; j += 4) {
@@ -70,8 +69,11 @@ __attribute__((always_inline)) static inline void score_queries(int queries, flo
         for (int64_t d = 0; d < width; d += 16) {
             v16 part[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
                 part[i] = d < whole ? v16_load(key[i] + d) : v16_load_n(key[i] + d, lanes);
+                if (ahead)
+                    __builtin_prefetch(ahead + (j + i) * width + d, 0, 2);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < queries; r++) {
                 v16 qd = v16_load(q[r] + d);
@@ -87,14 +89,14 @@ __attribute__((always_inline)) static inline void score_queries(int queries, flo
 }
 
 static inline void score_block(int queries, float *const score[], const float *const q[],
-                               const float *k, int64_t width, int keys) {
+                               const float *k, int64_t width, int keys, const float *ahead) {
     int r = 0;
 #if ROWS_SCORE_QUERIES > 1
-    for (; r + ROWS_SCORE_QUERIES <= queries; r += ROWS_SCORE_QUERIES)
-        score_queries(ROWS_SCORE_QUERIES, score + r, q + r, k, width, keys);
+    for (; r + ROWS_SCORE_QUERIES <= queries; r += ROWS_SCORE_QUERIES, ahead = NULL)
+        score_queries(ROWS_SCORE_QUERIES, score + r, q + r, k, width, keys, ahead);
 #endif
-    for (; r < queries; r++)
-        score_queries(1, score + r, q + r, k, width, keys);
+    for (; r < queries; r++, ahead = NULL)
+        score_queries(1, score + r, q + r, k, width, keys, ahead);
 }
 
 /* A query's part of a block: its weights, and how its sum of values goes on. */
@@ -106,10 +108,8 @@ struct row_values {
 };
 
 /* Columns [col, col + 16 * vectors) of `queries` queries; the last vector has `lanes` lanes. */
-__attribute__((always_inline)) static inline void add_columns(int queries, int vectors, int lanes,
-                                                              const struct row_values *row,
-                                                              const float *v, int64_t width,
-                                                              int64_t col) {
+ALWAYS_INLINE void add_columns(int queries, int vectors, int lanes, const struct row_values *row,
+                               const float *v, int64_t width, int64_t col, const float *ahead) {
     v16 sum[ROWS_QUERIES][ROWS_VECTORS];
     int from = 0, to = BLOCK; /* what all of them see */
 #pragma GCC unroll 4
@@ -135,6 +135,9 @@ __attribute__((always_inline)) static inline void add_columns(int queries, int v
             ADD_VALUE(r, j)
     for (int j = from; j < to; j++) {
 #pragma GCC unroll 4
+        for (int i = 0; ahead && i < vectors; i++)
+            __builtin_prefetch(ahead + j * width + col + 16 * i, 0, 2);
+#pragma GCC unroll 4
         for (int r = 0; r < queries; r++)
             ADD_VALUE(r, j)
     }
@@ -153,28 +156,28 @@ __attribute__((always_inline)) static inline void add_columns(int queries, int v
         }
 }
 
-__attribute__((always_inline)) static inline void
-add_values_of(int queries, const struct row_values *row, const float *v, int64_t width) {
+ALWAYS_INLINE void add_values_of(int queries, const struct row_values *row, const float *v,
+                                 int64_t width, const float *ahead) {
     const int lanes = (int)(width % 16);
     int64_t col = 0;
     for (; col + 16 * ROWS_VECTORS <= width; col += 16 * ROWS_VECTORS)
-        add_columns(queries, ROWS_VECTORS, 16, row, v, width, col);
+        add_columns(queries, ROWS_VECTORS, 16, row, v, width, col, ahead);
 #if ROWS_VECTORS > 1
     for (; col + 16 <= width; col += 16)
-        add_columns(queries, 1, 16, row, v, width, col);
+        add_columns(queries, 1, 16, row, v, width, col, ahead);
 #endif
     if (lanes > 0)
-        add_columns(queries, 1, lanes, row, v, width, col);
+        add_columns(queries, 1, lanes, row, v, width, col, ahead);
 }
 
-/* v[BLOCK, width] into the sums of `queries` queries. */
+/* v[BLOCK, width] into the sums of `queries` queries; `ahead` as in score_queries. */
 static inline void add_values(int queries, const struct row_values *row, const float *v,
-                              int64_t width) {
+                              int64_t width, const float *ahead) {
     int r = 0;
-    for (; r + ROWS_QUERIES <= queries; r += ROWS_QUERIES)
-        add_values_of(ROWS_QUERIES, row + r, v, width);
-    for (; r < queries; r++)
-        add_values_of(1, row + r, v, width);
+    for (; r + ROWS_QUERIES <= queries; r += ROWS_QUERIES, ahead = NULL)
+        add_values_of(ROWS_QUERIES, row + r, v, width, ahead);
+    for (; r < queries; r++, ahead = NULL)
+        add_values_of(1, row + r, v, width, ahead);
 }
 
 #endif

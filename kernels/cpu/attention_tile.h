@@ -12,6 +12,9 @@
 
 #include "cpu/simd.h"
 
+/* For functions whose loops only unroll once their arguments are known. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 #define TILE 64     /* queries or keys of a block */
 #define TILE_ROWS 4 /* rows of C that are kept in registers */
 
@@ -80,10 +83,8 @@ struct tile_product {
 
 /* Four rows of C, `vectors` vectors wide, over the depths [from, to): C = A B, and factor times the
  * old C where `factor` is not NULL. */
-__attribute__((always_inline)) static inline void tile_rows(const struct tile_product *t,
-                                                            int vectors, int64_t row, int64_t col,
-                                                            int64_t from, int64_t to,
-                                                            const float *factor) {
+ALWAYS_INLINE void tile_rows(const struct tile_product *t, int vectors, int64_t row, int64_t col,
+                             int64_t from, int64_t to, const float *factor) {
     tile_vector sum[TILE_ROWS][TILE_VECTORS];
     float *c = t->c + row * t->c_row + col;
     const float *a = t->a + row * t->a_row + from * t->a_depth;

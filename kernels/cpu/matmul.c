@@ -139,8 +139,7 @@ static void multiply(const struct product *p, struct range rows, const float *a,
 static void run_block(const struct product *p, struct range shared, const float *shared_panels,
                       struct range private, int64_t k, int64_t depth, bool with_sums, int thread) {
     const struct operand *side = &p->side[1 - p->shared];
-    float *panels =
-        p->private_panels + thread * p->private_block * side->width * p->depth_block;
+    float *panels = p->private_panels + thread * p->private_block * side->width * p->depth_block;
     for (int64_t first = private.first; first < private.last; first += p->private_block) {
         struct range piece = {first, ee_min(first + p->private_block, private.last)};
         pack(side, piece, k, depth, with_sums, panels);
@@ -199,8 +198,7 @@ static void plan(struct product *p, int threads) {
     int64_t blocks = ee_ceil_div(p->depth, DEPTH_BLOCK);
     p->depth_block = ee_ceil_div(ee_ceil_div(p->depth, blocks), 16) * 16;
     int64_t size = p->depth_block * (int64_t)sizeof(float);
-    p->shared_block =
-        ee_max(1, ee_min(panel_count(shared), SHARED_BYTES / (size * shared->width)));
+    p->shared_block = ee_max(1, ee_min(panel_count(shared), SHARED_BYTES / (size * shared->width)));
     p->private_block = ee_max(1, ee_min(ee_ceil_div(panel_count(private), p->threads),
                                         PRIVATE_BYTES / (size * private->width)));
     p->copies = p->threads > 1 && shared->count * p->depth <= COPY_MAX;

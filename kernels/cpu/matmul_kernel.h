@@ -11,11 +11,12 @@
 
 /* The product over column panels (matmul_rows.c), for ee_linear to dispatch to. */
 EE_WARN_UNUSED enum ee_status
-EE_LEVEL_NAME(ee_linear_panels)(struct ee_ctx *ctx, const struct ee_tensor *y,
-                                const struct ee_tensor *x, const struct ee_weight *w,
-                                const struct ee_tensor *bias, const struct ee_tensor *residual);
+    EE_LEVEL_NAME(ee_linear_panels)(struct ee_ctx *ctx, const struct ee_tensor *y,
+                                    const struct ee_tensor *x, const struct ee_weight *w,
+                                    const struct ee_tensor *bias, const struct ee_tensor *residual);
 
-/* -- Vectors of the native width, and the shape of a tile that fills the registers -------------- */
+/* -- Vectors of the native width, and the shape of a tile that fills the registers --------------
+ */
 
 #if defined(EE_LEVEL_AVX512)
 typedef __m512 vec;
@@ -61,9 +62,14 @@ static inline void vec_store(float *p, vec a) {
 #endif
 
 #define TILE_COLS (TILE_VECS * VEC)
+/* Depths that pack_along prefetches ahead. Prefetches of packing go to the second-level cache, which
+ * has more misses open at a time, and may point behind the end of the source: they read nothing. */
+#define PACK_AHEAD 32
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* -- One tile ----------------------------------------------------------------------------------- */
+/* -- One tile -----------------------------------------------------------------------------------
+ */
 
 /* c[rows, TILE_COLS] = sum over depth of a b, + init (if not NULL) + bias (if not NULL). */
 struct tile {
@@ -123,9 +129,9 @@ static __attribute__((noinline)) void tile_full(const struct tile *t) {
 /* The last rows: the loop is compiled for each number of them. */
 static __attribute__((noinline)) void tile_last_rows(const struct tile *t, int rows) {
 #define ROWS_CASE(n)                                                                               \
-    case n:                                                                                        \
-        tile_rows(t, (n) < TILE_ROWS ? (n) : TILE_ROWS);                                           \
-        break;
+case n:                                                                                            \
+    tile_rows(t, (n) < TILE_ROWS ? (n) : TILE_ROWS);                                               \
+    break;
     switch (rows) {
         ROWS_CASE(1)
         ROWS_CASE(2)
@@ -179,7 +185,8 @@ static inline void tile_run(const struct tile *t, int rows, int cols) {
         tile_full(t);
 }
 
-/* -- Packing ------------------------------------------------------------------------------------ */
+/* -- Packing ------------------------------------------------------------------------------------
+ */
 
 /* The first n lanes of a load, the others zero; the first n lanes of a store. */
 #if defined(EE_LEVEL_AVX512)
@@ -229,7 +236,7 @@ static inline void vec_store_n(float *p, vec a, int n) {
 #if defined(EE_LEVEL_AVX512)
 ALWAYS_INLINE void transpose(vec row[16]) {
     vec t[16];
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
         vec a = _mm512_unpacklo_ps(row[i], row[i + 1]), b = _mm512_unpackhi_ps(row[i], row[i + 1]);
         vec c = _mm512_unpacklo_ps(row[i + 2], row[i + 3]);
@@ -239,7 +246,7 @@ ALWAYS_INLINE void transpose(vec row[16]) {
         t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
         t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
     }
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
         vec b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD);
@@ -254,7 +261,7 @@ ALWAYS_INLINE void transpose(vec row[16]) {
 #elif defined(EE_LEVEL_AVX2)
 ALWAYS_INLINE void transpose(vec row[8]) {
     vec t[8];
-#pragma GCC unroll 2
+#    pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) {
         vec a = _mm256_unpacklo_ps(row[i], row[i + 1]), b = _mm256_unpackhi_ps(row[i], row[i + 1]);
         vec c = _mm256_unpacklo_ps(row[i + 2], row[i + 3]);
@@ -264,7 +271,7 @@ ALWAYS_INLINE void transpose(vec row[8]) {
         t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
         t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
     }
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         row[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
         row[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
@@ -293,6 +300,7 @@ static inline void pack_across(float *panel, int width, const float *source, int
 #pragma GCC unroll 16
             for (int r = 0; r < VEC; r++) {
                 const float *from = source + (first + r) * stride + k;
+                __builtin_prefetch(from + width * stride, 0, 2); /* for the next panel */
                 square[r] = first + r >= valid ? vec_zero()
                             : n == VEC         ? vec_load(from)
                                                : vec_load_n(from, n);
@@ -323,6 +331,7 @@ static inline void pack_along(float *panel, int width, const float *source, int6
         float *out = panel + first;
         vec sum = vec_zero();
         for (int64_t k = 0; k < depth; k++) {
+            __builtin_prefetch(from + (k + PACK_AHEAD) * stride, 0, 2);
             vec value = n == VEC ? vec_load(from + k * stride) : vec_load_n(from + k * stride, n);
             sum = vec_add(sum, value);
             if (lanes == VEC)

@@ -2,8 +2,8 @@
  *
  * Every output is the sum that ops.h describes, in that order, whatever the number of rows, the
  * threads or the instruction set: a block of a panel (EE_SUM_BLOCK input features) is multiplied
- * with up to ROWS_AT_ONCE rows in registers, and added to the totals of those rows. A block stays in
- * the first-level cache, so that the weights are read from memory once for ROWS_CHUNK rows. */
+ * with up to ROWS_AT_ONCE rows in registers, and added to the totals of those rows. A block stays
+ * in the first-level cache, so that the weights are read from memory once for ROWS_CHUNK rows. */
 #include "cpu/matmul_kernel.h"
 
 #include "ops/ctx.h"
@@ -14,13 +14,13 @@
 /* Rows of x, and vectors of 16 outputs, whose sums the registers hold. */
 #if defined(EE_LEVEL_AVX512)
 #    define ROWS_AT_ONCE 6
-#    define VECS_AT_ONCE(rows) 4
+#    define VECS_AT_ONCE(rows) ((rows) > 0 ? 4 : 0)
 #elif defined(EE_LEVEL_AVX2)
 #    define ROWS_AT_ONCE 6
 #    define VECS_AT_ONCE(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
 #else
 #    define ROWS_AT_ONCE 2
-#    define VECS_AT_ONCE(rows) 1
+#    define VECS_AT_ONCE(rows) ((rows) > 0 ? 1 : 0)
 #endif
 #define PANEL_VECS (EE_PANEL / 16)
 
@@ -62,10 +62,10 @@ ALWAYS_INLINE void block_rows(const struct block *b, const int rows, const int v
 #pragma GCC unroll 4
             for (int v = 0; v < vecs; v++)
                 column[v] = weight_load(b->w, k * EE_PANEL + (first + v) * 16, bf16);
-            if (b->ahead_lines > 0)
-                __builtin_prefetch(ahead);
+            if (b->ahead_lines > 0) /* into the second level: the first has few open misses */
+                __builtin_prefetch(ahead, 0, 2);
             if (b->ahead_lines > 1)
-                __builtin_prefetch(ahead + 64);
+                __builtin_prefetch(ahead + 64, 0, 2);
             ahead += b->ahead_lines * 64;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
@@ -113,13 +113,16 @@ static block_fn *const block_fns[2][ROWS_AT_ONCE] = {
 #endif
 };
 
-/* Group g of several makes one pass over a block in the first-level cache; during the passes of the
- * first groups, the next block is on its way there. One group alone leaves that to the hardware. */
+/* All groups of rows but the first find a block in the first-level cache, and memory would idle
+ * meanwhile: so the first groups prefetch the next block. One group alone leaves that to the
+ * hardware. Returns the cache lines for a step of depth. */
 static int lines_ahead(int64_t group, int64_t groups, int rows, bool bf16) {
     int passes = PANEL_VECS / VECS_AT_ONCE(rows), lines = bf16 ? 2 : 4;
-    if (groups == 1 || group * passes >= lines)
+    if (passes > 1) /* each skips most lines, which the hardware does not foresee */
+        return group > 0 ? 0 : lines > passes ? lines / passes : 1;
+    if (groups == 1 || group >= lines)
         return 0;
-    if (passes > 1 || bf16 || groups > 3)
+    if (bf16 || groups > 3)
         return 1;
     return groups == 2 || group == 0 ? 2 : 1;
 }
@@ -152,10 +155,8 @@ static void panel_rows(const struct rows_product *p, int64_t panel, int64_t firs
     const float *x = (const float *)p->x->data + first * stride;
     const int64_t groups = ee_ceil_div(n, ROWS_AT_ONCE);
     for (int64_t k = 0; k < cols; k += EE_SUM_BLOCK) {
-        struct block block = {.w = w,
-                              .depth = ee_min(EE_SUM_BLOCK, cols - k),
-                              .begin = k == 0,
-                              .x_stride = stride};
+        struct block block = {
+            .w = w, .depth = ee_min(EE_SUM_BLOCK, cols - k), .begin = k == 0, .x_stride = stride};
         w += (size_t)(block.depth * EE_PANEL) * size;
         block.ahead = w;
         for (int64_t g = 0, r = 0; g < groups; g++) {
@@ -183,8 +184,7 @@ static void run_rows(void *arg, int64_t first, int64_t last, int thread) {
 }
 
 enum ee_status EE_LEVEL_NAME(ee_linear_panels)(struct ee_ctx *ctx, const struct ee_tensor *y,
-                                               const struct ee_tensor *x,
-                                               const struct ee_weight *w,
+                                               const struct ee_tensor *x, const struct ee_weight *w,
                                                const struct ee_tensor *bias,
                                                const struct ee_tensor *residual) {
     struct rows_product p = {
@@ -205,7 +205,8 @@ enum ee_status EE_LEVEL_NAME(ee_linear_panels)(struct ee_ctx *ctx, const struct 
     return EE_OK;
 }
 
-/* -- Packing ------------------------------------------------------------------------------------ */
+/* -- Packing ------------------------------------------------------------------------------------
+ */
 
 struct packing {
     const struct ee_weight *w;
@@ -227,15 +228,19 @@ static void pack_panels(void *arg, int64_t first, int64_t last, int thread) {
     for (int64_t panel = first; panel < last; panel++) {
         int64_t row = panel * EE_PANEL, start = panel * cols * EE_PANEL;
         int valid = (int)ee_min(EE_PANEL, p->w->rows - row);
-        for (int64_t c = 0; c < cols; c++)
-            for (int r = 0; r < EE_PANEL; r++) {
-                float value = r < valid ? p->rows[(row + r) * cols + c] : 0.0f;
-                int64_t to = start + c * EE_PANEL + r;
-                if (p->w->dtype == EE_BF16)
-                    ((uint16_t *)p->w->data)[to] = bf16_from_float(value);
-                else
-                    ((float *)p->w->data)[to] = value;
-            }
+        const float *source = p->rows + row * cols;
+        if (p->w->dtype == EE_F32) {
+            pack_across((float *)p->w->data + start, EE_PANEL, source, cols, valid, cols);
+            continue;
+        }
+        for (int64_t c = 0; c < cols; c += EE_SUM_BLOCK) {
+            float block[EE_SUM_BLOCK * EE_PANEL];
+            int64_t depth = ee_min(EE_SUM_BLOCK, cols - c);
+            pack_across(block, EE_PANEL, source + c, cols, valid, depth);
+            uint16_t *out = (uint16_t *)p->w->data + start + c * EE_PANEL;
+            for (int64_t i = 0; i < depth * EE_PANEL; i++)
+                out[i] = bf16_from_float(block[i]);
+        }
     }
 }
 

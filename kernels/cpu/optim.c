@@ -113,8 +113,8 @@ enum ee_status EE_KERNEL(adamw)(struct ee_ctx *ctx, const struct ee_tensor *p,
                                 const struct ee_tensor *m, const struct ee_tensor *v,
                                 const struct ee_tensor *gradient,
                                 const struct ee_adamw_params *params) {
-    const double lr = (double)params->learning_rate, step = (double)params->step;
-    const double beta1 = (double)params->beta1, beta2 = (double)params->beta2;
+    const double lr = params->learning_rate, step = (double)params->step;
+    const double beta1 = params->beta1, beta2 = params->beta2;
     struct adamw_args a = {
         .p = p->data,
         .m = m->data,
@@ -122,13 +122,13 @@ enum ee_status EE_KERNEL(adamw)(struct ee_ctx *ctx, const struct ee_tensor *p,
         .gradient = gradient->data,
         .n = ee_tensor_elements(p),
         .gradient_scale = params->gradient_scale,
-        .keep = (float)(1.0 - lr * (double)params->weight_decay),
-        .beta1 = params->beta1,
+        .keep = (float)(1.0 - lr * params->weight_decay),
+        .beta1 = (float)beta1,
         .rate1 = (float)(1.0 - beta1),
-        .beta2 = params->beta2,
+        .beta2 = (float)beta2,
         .rate2 = (float)(1.0 - beta2),
         .root_correction2 = (float)sqrt(1.0 - pow(beta2, step)),
-        .eps = params->eps,
+        .eps = (float)params->eps,
         .step_size = (float)(lr / (1.0 - pow(beta1, step))),
     };
     ee_cpu_run(ctx, adamw_vectors, &a, ee_ceil_div(a.n, 16), a.n);

@@ -233,7 +233,7 @@ static enum ee_status run_losses(struct ee_ctx *ctx) {
 static enum ee_status run_parameters(struct ee_ctx *ctx) {
     struct ee_tensor p = vec(1001), m = vec(1001), v = vec(1001), g = vec(1001), x = vec(1001);
     memset(v.data, 0, 1001 * sizeof(float));
-    struct ee_adamw_params s = {1e-3f, 0.9f, 0.999f, 1e-8f, 0.1f, 0.5f, 3};
+    struct ee_adamw_params s = {1e-3, 0.9, 0.999, 1e-8, 0.1, 0.5f, 3};
     double sum;
     EE_TRY(ee_sum_squares(ctx, &sum, &g));
     EE_TRY(ee_adamw(ctx, &p, &m, &v, &g, &s));

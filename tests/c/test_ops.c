@@ -380,7 +380,7 @@ static void test_parameters(void) {
     ALLOWS_EMPTY(sum_squares, &sum, &zero);
     EE_EXPECT(sum == 0);
 
-    struct ee_adamw_params s = {1e-3f, 0.9f, 0.999f, 1e-8f, 0.1f, 1, 1}, bad = s;
+    struct ee_adamw_params s = {1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 1}, bad = s;
     REFUSES(adamw, "m must have 6 elements as p has, got 5", &p, &five, &v, &g, &s);
     REFUSES(adamw, "v must have 6 elements as p has, got 5", &p, &m, &five, &g, &s);
     REFUSES(adamw, "gradient must not be NULL", &p, &m, &v, NULL, &s);

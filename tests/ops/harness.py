@@ -86,11 +86,11 @@ class LossParams(ct.Structure):
 
 class AdamwParams(ct.Structure):
     _fields_ = (
-        ("learning_rate", ct.c_float),
-        ("beta1", ct.c_float),
-        ("beta2", ct.c_float),
-        ("eps", ct.c_float),
-        ("weight_decay", ct.c_float),
+        ("learning_rate", ct.c_double),
+        ("beta1", ct.c_double),
+        ("beta2", ct.c_double),
+        ("eps", ct.c_double),
+        ("weight_decay", ct.c_double),
         ("gradient_scale", ct.c_float),
         ("step", ct.c_int64),
     )
