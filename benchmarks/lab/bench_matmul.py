@@ -1,6 +1,6 @@
 """Matrix products beside PyTorch, OpenBLAS and the machine's own limits.
 
-    python benchmarks/lab/bench_matmul.py [--set gpt2|small|rows|all] [--rounds 9] [--isa avx512]
+    python benchmarks/lab/bench_matmul.py [--set gpt2|head|small|rows|all] [--rounds 9]
 
 Prints one line a product: the median rate of each side over rounds in which the sides take turns,
 and the ratio of medians. Training products are given in GFLOP/s beside the peak of fused
@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.ops.harness import Ops, available_isas, weight_rows
+from tests.ops.harness import Ops, available_isas, function, weight_rows
 
 PROBE = r"""
 #include <immintrin.h>
@@ -140,8 +140,6 @@ def turns(sides, rounds, least=0.02):
 def bound(ops, name, *arguments):
     """A call of one operation without the work of the harness at each call."""
     prepared = [ops._argument(value) for value in arguments]
-    from tests.ops.harness import function
-
     run = function(f"ee_{name}", ct.c_int, ct.c_void_p, *(kind for kind, _, _ in prepared))
     values = [value for _, value, _ in prepared]
     context = ops._context
@@ -239,10 +237,7 @@ def main():
             for n, k, m in shapes:
                 for kind in "forward", "input", "weight":
                     sides = training_sides(ops, blas, kind, n, k, m)
-                    if limits:
-                        sides["peak"] = lambda: limits.peak_flops(threads)
                     peak = max(limits.peak_flops(threads) for _ in range(3)) if limits else 0
-                    sides.pop("peak", None)
                     times = turns(sides, options.rounds)
                     rates = {s: 2e-9 * n * k * m / t for s, t in times.items()}
                     line = "  ".join(f"{s} {rate:6.1f}" for s, rate in rates.items())

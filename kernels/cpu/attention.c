@@ -70,8 +70,8 @@ static void raise_maximum(const struct forward_block *block) {
             v16_store(score + j, s);
             maximum = v16_max(maximum, s);
         }
-        float old = scratch->maximum[i];
-        scratch->maximum[i] = fmaxf(old, v16_max_lane(maximum));
+        const float old = scratch->maximum[i], highest = v16_max_lane(maximum);
+        scratch->maximum[i] = highest > old ? highest : old;
         scratch->factor[i] = old - scratch->maximum[i];
     }
     for (int i = 0; i < block->rows; i += 16)
@@ -109,8 +109,7 @@ static void write_rows(const struct forward_block *block) {
     for (int i = 0; i < block->rows; i++) {
         int64_t row = block->first_row + i;
         float sum = v16_sum(v16_load(scratch->sum + i * 16));
-        float *out =
-            (float *)job->out->data + row * job->out->stride[0] + block->head * job->out->stride[1];
+        float *out = head_row(job->out, row, block->head);
         tile_unpack_row(out, scratch->out + i * job->padded, job->width, 1.0f / sum);
         ((float *)job->lse->data)[row * job->lse->stride[0] + block->head] =
             scratch->maximum[i] + logf(sum);
@@ -128,8 +127,7 @@ static void forward_queries(const struct forward *job, struct forward_scratch *s
         .first_row = job->plan.segment[s] + first,
         .head = head,
     };
-    const float *q = (const float *)job->q->data + block.first_row * job->q->stride[0] +
-                     head * job->q->stride[1];
+    const float *q = head_row(job->q, block.first_row, head);
     tile_pack_rows(scratch->q, q, job->q->stride[0], block.rows, job->width, job->params->scale);
     for (int i = 0; i < TILE; i++)
         scratch->maximum[i] = MASKED;
@@ -185,13 +183,11 @@ static void forward_group(const struct forward *job, struct forward_scratch *scr
             int64_t row = start + packed * TILE;
             int rows = (int)ee_min(TILE, length - packed * TILE);
             tile_pack_transposed(scratch->keys + packed * job->width * TILE,
-                                 (const float *)job->k->data + row * job->k->stride[0] +
-                                     kv_head * job->k->stride[1],
-                                 job->k->stride[0], rows, job->width);
+                                 head_row(job->k, row, kv_head), job->k->stride[0], rows,
+                                 job->width);
             tile_pack_rows(scratch->values + packed * TILE * job->padded,
-                           (const float *)job->v->data + row * job->v->stride[0] +
-                               kv_head * job->v->stride[1],
-                           job->v->stride[0], rows, job->width, 1.0f);
+                           head_row(job->v, row, kv_head), job->v->stride[0], rows, job->width,
+                           1.0f);
         }
         for (int64_t head = kv_head * job->group; head < (kv_head + 1) * job->group; head++)
             forward_queries(job, scratch, s, head, block);

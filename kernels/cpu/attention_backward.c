@@ -49,10 +49,6 @@ static int64_t backward_scratch_cut(struct backward_scratch *scratch, float *mem
     return used;
 }
 
-static float *head_row(const struct ee_tensor *tensor, int64_t row, int64_t head) {
-    return (float *)tensor->data + row * tensor->stride[0] + head * tensor->stride[1];
-}
-
 /* Packs the queries [from, to) of a head, and what belongs to them. */
 static void pack_queries(const struct backward *job, const struct backward_scratch *scratch,
                          int64_t start, int64_t head, int64_t from, int64_t to) {

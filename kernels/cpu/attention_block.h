@@ -45,6 +45,10 @@ static inline void dropout_row(float keep[TILE], const struct ee_dropout *dropou
         keep[j] = ee_uniform_from_bits(words[j]) >= p ? factor : 0.0f;
 }
 
+static inline float *head_row(const struct ee_tensor *tensor, int64_t row, int64_t head) {
+    return (float *)tensor->data + row * tensor->stride[0] + head * tensor->stride[1];
+}
+
 /* The next `size` floats of scratch memory, aligned; NULL while only counting. */
 static inline float *cut(float *memory, int64_t *used, int64_t size) {
     float *piece = memory ? memory + *used : NULL;

@@ -264,7 +264,7 @@ static inline void tile_pack_rows(float *out, const float *in, int64_t stride, i
     memset(out, 0, (size_t)((round_up(rows, TILE_ROWS) - rows) * padded) * sizeof *out);
 }
 
-/* out[i * stride + d] = factor * in[i * padded + d] */
+/* out[d] = scale * in[d], with `in` padded to a multiple of 16 columns. */
 static inline void tile_unpack_row(float *out, const float *in, int64_t width, float scale) {
     const v16 factor = v16_set(scale);
     int64_t d = 0;

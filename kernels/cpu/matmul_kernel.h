@@ -15,8 +15,7 @@ EE_WARN_UNUSED enum ee_status
                                     const struct ee_tensor *x, const struct ee_weight *w,
                                     const struct ee_tensor *bias, const struct ee_tensor *residual);
 
-/* -- Vectors of the native width, and the shape of a tile that fills the registers --------------
- */
+/* Vectors of the native width, and the shape of a tile that fills the registers. */
 
 #if defined(EE_LEVEL_AVX512)
 typedef __m512 vec;
@@ -62,14 +61,12 @@ static inline void vec_store(float *p, vec a) {
 #endif
 
 #define TILE_COLS (TILE_VECS * VEC)
-/* Depths that pack_along prefetches ahead. Prefetches of packing go to the second-level cache, which
- * has more misses open at a time, and may point behind the end of the source: they read nothing. */
-#define PACK_AHEAD 32
-
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* -- One tile -----------------------------------------------------------------------------------
- */
+/* Depths that pack_along prefetches ahead. Prefetches of packing go to the second-level cache,
+ * which has more misses open at a time, and may point behind the end of the source: they read
+ * nothing. */
+#define PACK_AHEAD 32
 
 /* c[rows, TILE_COLS] = sum over depth of a b, + init (if not NULL) + bias (if not NULL). */
 struct tile {
@@ -184,9 +181,6 @@ static inline void tile_run(const struct tile *t, int rows, int cols) {
     else
         tile_full(t);
 }
-
-/* -- Packing ------------------------------------------------------------------------------------
- */
 
 /* The first n lanes of a load, the others zero; the first n lanes of a store. */
 #if defined(EE_LEVEL_AVX512)

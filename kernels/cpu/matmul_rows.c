@@ -9,7 +9,7 @@
 #include "ops/ctx.h"
 
 #define ROWS_CHUNK 96
-#define PARALLEL_MIN 100000
+#define PARALLEL_MIN 100000 /* multiplications from which on all threads take part; an estimate */
 
 /* Rows of x, and vectors of 16 outputs, whose sums the registers hold. */
 #if defined(EE_LEVEL_AVX512)
@@ -204,9 +204,6 @@ enum ee_status EE_LEVEL_NAME(ee_linear_panels)(struct ee_ctx *ctx, const struct 
     }
     return EE_OK;
 }
-
-/* -- Packing ------------------------------------------------------------------------------------
- */
 
 struct packing {
     const struct ee_weight *w;

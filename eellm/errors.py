@@ -1,0 +1,51 @@
+"""Exceptions of the native core, and the form of every message about a wrong value."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eellm._core import CommError, Error, NonFiniteError
+
+__all__ = [
+    "CommError",
+    "Error",
+    "NonFiniteError",
+    "Shown",
+    "check_integer",
+    "check_one_of",
+    "invalid",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Error", "NonFiniteError", "CommError"):
+        from eellm import _core
+
+        return getattr(_core, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def invalid(what: str, expected: str, got: object, advice: str = "") -> ValueError:
+    """A ValueError: what is wrong (expected ..., got ...); what to do."""
+    shown = got if isinstance(got, Shown) else repr(got)
+    if len(shown) > 200:
+        shown = shown[:197] + "..."
+    return ValueError(
+        f"{what} (expected {expected}, got {shown})" + (f"; {advice}" if advice else "")
+    )
+
+
+class Shown(str):
+    """Text that a message shows as it is, without quotes."""
+
+
+def check_one_of(key: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if not any(value is choice or value == choice for choice in choices):
+        raise invalid(f"{key} is invalid", f"one of {', '.join(map(str, choices))}", value)
+
+
+def check_integer(key: str, value: object, low: int, high: int, advice: str = "") -> None:
+    """Raises ValueError unless the value is an integer from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise invalid(f"{key} is invalid", f"an integer from {low} to {high}", value, advice)

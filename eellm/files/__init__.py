@@ -1,0 +1,1 @@
+"""Model directories, checkpoints and the formats they are made of."""

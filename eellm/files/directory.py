@@ -1,0 +1,357 @@
+"""Model directories in Hugging Face's form, read and written through the parameter table."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eellm.config import ModelConfig
+from eellm.errors import Shown, invalid
+from eellm.files.disk import Folder
+from eellm.files.dtypes import SAVED_AS, from_float32, to_float32
+from eellm.files.locate import inside, read_json
+from eellm.files.safetensors import (
+    Entry,
+    SafetensorsFile,
+    pickle_error,
+    total_bytes,
+    write_safetensors,
+)
+
+if TYPE_CHECKING:
+    from eellm._core import ParameterRow
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EXITS = "exits.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_PREFIXES = ("transformer.", "model.")
+
+log = logging.getLogger("eellm")
+
+
+class Parameters(Protocol):
+    """What has a parameter table and the parameters: a native model."""
+
+    @property
+    def table(self) -> Sequence["ParameterRow"]:
+        """The rows."""
+
+    def parameter(self, name: str) -> Any:
+        """A view of a parameter that NumPy can take."""
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a model directory."""
+    path = inside(folder, CONFIG)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; give a model directory with {CONFIG} and {WEIGHTS}"
+        )
+    values = read_json(path)
+    try:
+        return ModelConfig.from_hf(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from None
+
+
+class Weights:
+    """The tensors of a model directory by name, wherever they stand."""
+
+    def __init__(self, folder: Path) -> None:
+        """Maps all files of weights and checks their headers."""
+        self.folder = folder
+        self.backbone = _open_backbone(folder)
+        path = inside(folder, EXITS)
+        self.exits = _tensors([SafetensorsFile(path)]) if path.is_file() else {}
+
+
+def _open_backbone(folder: Path) -> dict[str, SafetensorsFile]:
+    single, index = inside(folder, WEIGHTS), inside(folder, INDEX)
+    if single.is_file():
+        return _tensors([SafetensorsFile(single)])
+    if index.is_file():
+        return _open_shards(folder, index)
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+        for path in folder.glob(pattern):
+            raise pickle_error(str(path))
+    raise FileNotFoundError(
+        f"{folder} has no weights (expected {WEIGHTS} or {INDEX}); give a model directory"
+    )
+
+
+def _open_shards(folder: Path, index: Path) -> dict[str, SafetensorsFile]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise invalid(f"{index}: weight_map is invalid", "file names by tensor name", names)
+    files = {}
+    for name in names.values():
+        path = inside(folder, name)
+        if name not in files:
+            if not path.is_file():
+                raise FileNotFoundError(f"{index} names {name}, which is not there; fetch it again")
+            files[name] = SafetensorsFile(path)
+    for key, name in names.items():
+        if key not in files[name]:
+            raise invalid(
+                f"{index}: {name} has no {key!r}", "the tensor there", sorted(files[name])
+            )
+    return _tensors(files.values())
+
+
+def _tensors(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    result: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file:
+            if name in result:
+                raise invalid(
+                    f"{file.path}: {name!r} also stands in {result[name].path.name}",
+                    "each tensor once",
+                    name,
+                )
+            result[name] = file
+    return result
+
+
+def _find(tensors: Mapping[str, SafetensorsFile], name: str) -> str | None:
+    """The key of a tensor, which may lack the prefix of its name."""
+    if name in tensors:
+        return name
+    for prefix in _PREFIXES:
+        if name.startswith(prefix) and name[len(prefix) :] in tensors:
+            return name[len(prefix) :]
+    return None
+
+
+def source_shape(row: "ParameterRow") -> tuple[int, ...]:
+    """Shape of the tensor of a file in which a parameter stands."""
+    if len(row["shape"]) == 1:
+        return (row["source_rows"],)
+    rows, cols = row["source_rows"], row["shape"][1]
+    return (cols, rows) if row["transposed"] else (rows, cols)
+
+
+def load_parameters(
+    target: Parameters,
+    config: ModelConfig,
+    weights: Weights,
+    with_exits: bool = True,
+    strict: bool = True,
+) -> None:
+    """Fills the parameters from files. strict: a tensor that the model has no place for is an
+    error, else a warning."""
+    used: dict[bool, set[str]] = {False: set(), True: set()}
+    missing = []
+    for row in target.table:
+        of_exit = row["exit"] >= 0
+        if of_exit and not with_exits:
+            continue
+        tensors = weights.exits if of_exit else weights.backbone
+        key = _find(tensors, row["source"])
+        if key is None:
+            missing.append(row["source"])
+            continue
+        used[of_exit].add(key)
+        np.asarray(target.parameter(row["name"]))[...] = _read(tensors[key], key, row)
+    _report_missing(weights.folder, list(dict.fromkeys(missing)))
+    if config.tie_word_embeddings:
+        _check_tied(weights.backbone, used[False], target)
+    unexpected = [name for name in weights.backbone if name not in used[False]]
+    unexpected = [name for name in unexpected if not _BUFFERS.search(name)]
+    if with_exits:
+        unexpected += [name for name in weights.exits if name not in used[True]]
+    _report_unexpected(weights.folder, unexpected, strict)
+
+
+def _read(file: SafetensorsFile, key: str, row: "ParameterRow") -> npt.NDArray[np.float32]:
+    info = file.tensors[key]
+    expected = source_shape(row)
+    if info.shape != expected:
+        raise invalid(
+            f"{file.path}: {key!r} has the wrong shape",
+            str(list(expected)),
+            Shown(list(info.shape)),
+            f"make {CONFIG} and the weights agree",
+        )
+    raw = file[key]
+    rows = slice(row["source_row"], row["source_row"] + row["shape"][0])
+    part = raw[:, rows] if row["transposed"] else raw[rows]
+    values = to_float32(part, info.dtype, f"{file.path}: {key!r}")
+    return values.T if row["transposed"] else values
+
+
+def _some(names: Sequence[str]) -> Shown:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return Shown(", ".join(names[:5]) + more)
+
+
+def _report_missing(folder: Path, names: Sequence[str]) -> None:
+    if not names:
+        return
+    advice = f"make {CONFIG} and the weights agree"
+    if "lm_head.weight" in names:
+        advice += "; a model that shares its embedding says tie_word_embeddings true"
+    elif names[0].startswith("exits."):
+        advice += "; exits=[...] adds new exits to a model without"
+    raise ValueError(f"{folder} lacks {len(names)} tensors (expected {_some(names)}); {advice}")
+
+
+def _report_unexpected(folder: Path, names: Sequence[str], strict: bool) -> None:
+    if not names:
+        return
+    message = f"{folder} has {len(names)} tensors that the model has no place for: {_some(names)}"
+    if strict:
+        raise ValueError(
+            f"{message} (expected none); make {CONFIG} and the weights agree, or load with "
+            "strict=False to leave them out"
+        )
+    log.warning("%s; they are left out", message)
+
+
+def _check_tied(tensors: Mapping[str, SafetensorsFile], used: set[str], target: Parameters) -> None:
+    """An output matrix beside tied embeddings must hold the same numbers."""
+    key = "lm_head.weight"
+    if key not in tensors:
+        return
+    file = tensors[key]
+    embedding = np.asarray(target.parameter("model.embed_tokens.weight"))
+    used.add(key)
+    info = file.tensors[key]
+    where = f"{file.path}: {key!r}"
+    same = info.shape == embedding.shape
+    if not same or not np.array_equal(to_float32(file[key], info.dtype, where), embedding):
+        raise invalid(
+            f"{where} is not the token embedding",
+            "the same numbers, as tie_word_embeddings is true",
+            Shown("others"),
+            f"set tie_word_embeddings to false in {CONFIG}",
+        )
+
+
+def entries_of_model(source: Parameters, dtype: str, of_exits: bool) -> list[Entry]:
+    """The tensors of a file, joined and transposed as their family has them."""
+    if dtype not in SAVED_AS:
+        raise invalid("dtype is invalid", f"one of {', '.join(SAVED_AS)}", dtype)
+    groups: dict[str, list[ParameterRow]] = {}
+    for row in source.table:
+        if (row["exit"] >= 0) == of_exits:
+            groups.setdefault(row["source"], []).append(row)
+    return [
+        Entry(name, SAVED_AS[dtype], source_shape(rows[0]), partial(_join, source, rows, dtype))
+        for name, rows in groups.items()
+    ]
+
+
+def _join(source: Parameters, rows: Sequence["ParameterRow"], dtype: str) -> npt.NDArray:
+    ordered = sorted(rows, key=lambda row: row["source_row"])
+    parts = [np.asarray(source.parameter(row["name"])) for row in ordered]
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if rows[0]["transposed"]:
+        joined = joined.T
+    return from_float32(joined, dtype, rows[0]["source"])
+
+
+def write_model(
+    folder: Folder,
+    config: ModelConfig,
+    source: Parameters,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config.json, the backbone and the exits into a folder."""
+    write_config(folder, config, dtype)
+    write_backbone(folder, entries_of_model(source, dtype, of_exits=False), max_shard_bytes)
+    exits = entries_of_model(source, dtype, of_exits=True)
+    if exits:
+        write_safetensors(folder, EXITS, exits, {"format_version": "1"})
+
+
+def write_config(folder: Folder, config: ModelConfig, dtype: str) -> None:
+    """Writes config.json for weights of a dtype."""
+    values = config.to_hf()
+    values.pop("dtype", None)  # the newer name of torch_dtype; every Transformers reads the older
+    values["torch_dtype"] = dtype
+    folder.write(CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_backbone(folder: Folder, entries: Sequence[Entry], max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards with an index where it would be too large."""
+    if max_shard_bytes < 1:
+        raise invalid("max_shard_bytes is invalid", "a positive number", max_shard_bytes)
+    shards: list[list[Entry]] = [[]]
+    for each in entries:
+        if shards[-1] and total_bytes(shards[-1]) + each.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(each)
+    if len(shards) == 1:
+        write_safetensors(folder, WEIGHTS, shards[0])
+        return
+    names = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder, file, shard)
+        names.update({each.name: file for each in shard})
+    index = {"metadata": {"total_size": total_bytes(entries)}, "weight_map": names}
+    folder.write(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def copy_tokenizer(source: Path, folder: Folder) -> None:
+    """Copies tokenizer files along."""
+    for name in TOKENIZER_FILES:
+        path = inside(source, name)
+        if path.is_file():
+            folder.copy(path, name)
+
+
+def save_directory(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    source: Parameters,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: Path | None = None,
+) -> None:
+    """Writes a model directory; what it held before stays until all is written."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise invalid(f"{path} is a file", "a folder, new or old", Shown("a file"))
+    folder = Folder(path, staged=True)
+    try:
+        write_model(folder, config, source, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+        commit(folder)
+    except BaseException:
+        folder.abort()
+        raise
+
+
+def commit(folder: Folder) -> None:
+    """Gives the files of a staged model directory their names; drops weights of an older one."""
+    folder.commit()
+    for path in folder.path.iterdir():
+        stale = path.name in (WEIGHTS, INDEX, EXITS) or _SHARD.fullmatch(path.name)
+        if stale and path.name not in folder.files:
+            path.unlink()
