@@ -3,6 +3,8 @@
 
 #include "infer/engine.h"
 
+#include <string.h>
+
 struct engine_object {
     PyObject_HEAD struct ee_engine *engine;
     struct model_object *model;
@@ -52,8 +54,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
                                                &max_sequences, &max_length, &positions))
         return NULL;
     if (!PyObject_TypeCheck(model, state->model_type)) {
-        PyErr_Format(PyExc_TypeError, "model must be an eellm._core.Model, got %s",
-                     Py_TYPE(model)->tp_name);
+        PyErr_Format(PyExc_TypeError, "model must be an eellm._core.Model, got %R",
+                     (PyObject *)Py_TYPE(model));
         return NULL;
     }
     int index = name_index("dtype of the weights", dtype, dtypes);
@@ -93,7 +95,7 @@ static void dealloc(PyObject *object) {
     struct engine_object *self = self_of(object);
     PyObject_GC_UnTrack(object);
     ee_engine_destroy(self->engine);
-    Py_XDECREF(self->model);
+    Py_XDECREF((PyObject *)self->model);
     Py_XDECREF(self->event_dtype);
     freefunc free_object = PyType_GetSlot(type, Py_tp_free);
     free_object(object);

@@ -1,5 +1,5 @@
-/* Sixteen float lanes, whatever the instruction set. Only this file, simd_philox.h and the inner loops
- * of products and attention (matmul_kernel.h, attention_*tile.h) use intrinsics.
+/* Sixteen float lanes, whatever the instruction set. Only this file, simd_philox.h and the inner
+ * loops of products and attention (matmul_kernel.h, attention_*tile.h) use intrinsics.
  *
  * Every function gives the same bits at every level: a * b + c is one fused operation, sums over
  * lanes use one fixed tree, and nothing is contracted by the compiler (-ffp-contract=off). */

@@ -1,0 +1,238 @@
+/* csrc/model and csrc/train: models with every kind of head trained for a few steps, schedules that
+ * must be refused, and every allocation failing in turn. */
+#include "ee_test.h"
+#include "train/step.h"
+
+#include <math.h>
+
+enum { ROWS = 11, MICROBATCHES = 2, VOCAB = 19 };
+
+static const float rope_freq[] = {1.0f, 0.1f};
+
+/* Two layers, five exits: every branch, norm and output. */
+static struct ee_config mixed_config(void) {
+    struct ee_config c = {.vocab_size = VOCAB, .hidden_size = 12, .intermediate_size = 10};
+    c.num_layers = 2;
+    c.num_heads = 3;
+    c.num_kv_heads = 1;
+    c.head_dim = 4;
+    c.max_positions = 32;
+    c.norm = (struct ee_norm_params){EE_RMSNORM, 1e-5f, 0};
+    c.activation = EE_SILU;
+    c.gated = c.bias_q = c.qk_norm = true;
+    c.positions = EE_POSITIONS_ROPE;
+    c.rope_dims = 4;
+    c.rope_scale = c.embedding_scale = 1;
+    c.rope_freq = rope_freq;
+    c.attention_scale = 0.5f;
+    c.attention_softcap = 5;
+    c.logit_softcap = 4;
+    c.window[1] = 3;
+    c.attention_dropout = c.residual_dropout = c.embedding_dropout = 0.1f;
+    c.num_exits = 5;
+    c.exits[0] = (struct ee_exit_config){1, true, EE_BRANCH_NONE, EE_EXIT_NORM_NONE, -2};
+    c.exits[1] = (struct ee_exit_config){1, false, EE_BRANCH_MLP, EE_EXIT_NORM_OWN, -1};
+    c.exits[2] = (struct ee_exit_config){1, false, EE_BRANCH_BLOCK, EE_EXIT_NORM_FINAL, 1};
+    c.exits[3] = (struct ee_exit_config){2, false, EE_BRANCH_MLP, EE_EXIT_NORM_OWN, 2};
+    c.exits[4] = (struct ee_exit_config){2, false, EE_BRANCH_NONE, EE_EXIT_NORM_OWN, -3};
+    return c;
+}
+
+/* GPT-2's parts in a parallel block: LayerNorm with biases, learned positions, one matrix up. */
+static struct ee_config parallel_config(void) {
+    struct ee_config c = mixed_config();
+    c.norm = (struct ee_norm_params){EE_LAYERNORM, 1e-5f, 1};
+    c.activation = EE_GELU_TANH;
+    c.gated = c.qk_norm = false;
+    c.bias_kv = c.bias_o = c.bias_up = c.bias_down = c.norm_bias = true;
+    c.parallel_residual = c.shared_norm = c.tie_embeddings = true;
+    c.positions = EE_POSITIONS_LEARNED;
+    c.num_exits = 1;
+    c.exits[0] = (struct ee_exit_config){1, false, EE_BRANCH_BLOCK, EE_EXIT_NORM_OWN, -2};
+    return c;
+}
+
+/* A step's arrays; the second microbatch has two segments, some targets are masked. */
+struct data {
+    int32_t token[MICROBATCHES * ROWS], target[MICROBATCHES * ROWS], position[MICROBATCHES * ROWS];
+    uint64_t row_id[MICROBATCHES * ROWS];
+    int32_t segment[5], counts[MICROBATCHES];
+};
+
+static struct ee_step_input fill(struct data *d) {
+    for (int i = 0; i < MICROBATCHES * ROWS; i++) {
+        d->token[i] = (i * 7 + 3) % VOCAB;
+        d->target[i] = i % 5 == 4 ? -1 : (i * 11 + 1) % VOCAB;
+        d->position[i] = i % ROWS;
+        d->row_id[i] = (uint64_t)i;
+    }
+    memcpy(d->segment, (int32_t[]){0, ROWS, 0, 4, ROWS}, sizeof d->segment);
+    memcpy(d->counts, (int32_t[]){1, 2}, sizeof d->counts);
+    return (struct ee_step_input){d->token,  d->target,  d->position,
+                                  d->row_id, d->segment, d->counts};
+}
+
+static struct ee_step_settings settings(void) {
+    struct ee_step_settings s = {.adamw = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 1},
+                                 .clip = 1,
+                                 .max_loss = INFINITY,
+                                 .max_grad_norm = INFINITY,
+                                 .update = true};
+    for (int e = 0; e < EE_MAX_EXITS; e++)
+        s.exit_weight[e] = 0.5f;
+    return s;
+}
+
+static struct ee_trainer_config trainer_config(enum ee_recompute recompute) {
+    struct ee_trainer_config t = {.rows = ROWS,
+                                  .microbatches = MICROBATCHES,
+                                  .schedule = EE_SCHEDULE_1F1B,
+                                  .recompute = recompute,
+                                  .dynamic_weights = true};
+    for (int e = 0; e < EE_MAX_EXITS; e++)
+        t.temperature[e] = 1.5f;
+    return t;
+}
+
+static void train(struct ee_config config, enum ee_isa isa, int threads,
+                  enum ee_recompute recompute) {
+    struct ee_model *model;
+    struct ee_trainer *trainer;
+    struct ee_trainer_config t = trainer_config(recompute);
+    if (!EE_EXPECT_OK(ee_model_create(&model, &config, isa, threads)))
+        return;
+    EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
+    EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
+    struct data d;
+    struct ee_step_input input = fill(&d);
+    struct ee_step_settings s = settings();
+    struct ee_step_result first, last;
+    EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &first));
+    EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &last));
+    uint64_t calls = ee_alloc_stats().calls;
+    for (int i = 0; i < 8; i++)
+        EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &last));
+    EE_EXPECT(ee_alloc_stats().calls == calls);
+    EE_EXPECT(trainer->steps == 10 && last.updated && last.finite);
+    int final = model->params->exits - 1;
+    EE_EXPECT(last.loss[final] < first.loss[final]);
+
+    /* A bad token in the second microbatch: an error, and no trace of the first. */
+    d.token[ROWS + 3] = VOCAB;
+    EE_EXPECT_STATUS(ee_trainer_step(trainer, &input, &s, &last), EE_ERR_INVALID, "19");
+    double sum;
+    EE_EXPECT_OK(ee_optim_sum_squares(model, trainer->gradient, &sum));
+    EE_EXPECT(sum == 0 && trainer->steps == 10);
+    ee_trainer_destroy(trainer);
+    ee_model_destroy(model);
+}
+
+static void test_training(void) {
+    for (int isa = 0; isa <= (int)ee_isa_best(); isa++) {
+        for (int r = EE_RECOMPUTE_NONE; r <= EE_RECOMPUTE_FULL; r++) {
+            train(mixed_config(), (enum ee_isa)isa, 1 + r, (enum ee_recompute)r);
+            train(parallel_config(), (enum ee_isa)isa, 3 - r, (enum ee_recompute)r);
+        }
+    }
+}
+
+static void test_limits(void) {
+    struct ee_config config = mixed_config();
+    struct ee_model *model;
+    struct ee_trainer *trainer;
+    struct ee_trainer_config t = trainer_config(EE_RECOMPUTE_NONE);
+    EE_EXPECT_OK(ee_model_create(&model, &config, EE_ISA_PLAIN, 1));
+    EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
+    EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
+    struct data d;
+    struct ee_step_input input = fill(&d);
+    struct ee_step_settings s = settings();
+    struct ee_step_result result;
+    s.max_loss = 0.1;
+    float before = model->weights[0];
+    EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &result));
+    EE_EXPECT(result.finite && !result.updated && model->weights[0] == before);
+    s = settings();
+    s.max_grad_norm = 1e-6;
+    EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &result));
+    EE_EXPECT(result.finite && !result.updated && model->weights[0] == before);
+    s = settings();
+    model->weights[0] = NAN; /* of token 0, which occurs */
+    EE_EXPECT_OK(ee_trainer_step(trainer, &input, &s, &result));
+    EE_EXPECT(!result.finite && !result.updated && trainer->steps == 0);
+    for (int i = 0; i < MICROBATCHES * ROWS; i++)
+        d.target[i] = -1;
+    EE_EXPECT_STATUS(ee_trainer_step(trainer, &input, &s, &result), EE_ERR_INVALID, "masked");
+    ee_trainer_destroy(trainer);
+    t.temperature[2] = 0;
+    EE_EXPECT_STATUS(ee_trainer_create(&trainer, model, &t), EE_ERR_INVALID, "exit 2");
+    ee_model_destroy(model);
+}
+
+static void test_schedules(void) {
+    static const enum ee_schedule_kind kinds[] = {EE_SCHEDULE_GPIPE, EE_SCHEDULE_1F1B};
+    for (int k = 0; k < 2; k++) {
+        for (int32_t m = 1; m <= 16; m++) {
+            struct ee_schedule *schedule;
+            EE_EXPECT_OK(ee_schedule_create(&schedule, kinds[k], m));
+            EE_EXPECT_OK(ee_schedule_validate(schedule));
+            EE_EXPECT(schedule->slots == (kinds[k] == EE_SCHEDULE_GPIPE ? m : 1));
+            ee_schedule_destroy(schedule);
+        }
+    }
+    struct ee_schedule *schedule;
+    EE_EXPECT_STATUS(ee_schedule_create(&schedule, EE_SCHEDULE_1F1B, 0), EE_ERR_INVALID, "got 0");
+    enum ee_schedule_kind kind;
+    EE_EXPECT_STATUS(ee_schedule_from_name(&kind, "2f2b"), EE_ERR_INVALID, "2f2b");
+}
+
+/* Lists that must be refused: each breaks one rule. */
+static void test_bad_schedules(void) {
+    enum { F = EE_STEP_FORWARD, B = EE_STEP_BACKWARD };
+    const struct {
+        const char *text;
+        int32_t slots, count;
+        struct ee_step_action actions[5];
+    } cases[] = {
+        {"goes forward twice", 2, 4, {{F, 0, 0}, {F, 0, 1}, {B, 0, 0}, {B, 1, 1}}},
+        {"still holds microbatch 0", 1, 4, {{F, 0, 0}, {F, 1, 0}, {B, 0, 0}, {B, 1, 0}}},
+        {"does not hold microbatch 1", 2, 4, {{F, 0, 0}, {B, 1, 0}, {F, 1, 1}, {B, 0, 1}}},
+        {"before that of 0", 2, 4, {{F, 0, 0}, {F, 1, 1}, {B, 1, 1}, {B, 0, 0}}},
+        {"ends after 1 of 2", 2, 3, {{F, 0, 0}, {F, 1, 1}, {B, 0, 0}}},
+        {"uses 1 slots, 2 are stated", 2, 4, {{F, 0, 0}, {B, 0, 0}, {F, 1, 0}, {B, 1, 0}}},
+        {"microbatch must lie", 1, 1, {{F, 2, 0}}},
+        {"slot must lie", 1, 1, {{F, 0, 1}}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct ee_step_action actions[5];
+        memcpy(actions, cases[i].actions, sizeof actions);
+        struct ee_schedule schedule = {2, cases[i].slots, cases[i].count, actions};
+        EE_EXPECT_STATUS(ee_schedule_validate(&schedule), EE_ERR_INVALID, cases[i].text);
+    }
+}
+
+static enum ee_status make_all(void) {
+    struct ee_config config = mixed_config();
+    struct ee_trainer_config t = trainer_config(EE_RECOMPUTE_ATTENTION);
+    struct ee_model *model = NULL;
+    struct ee_trainer *trainer = NULL;
+    struct data d;
+    struct ee_step_input input = fill(&d);
+    struct ee_step_settings s = settings();
+    struct ee_step_result result;
+    enum ee_status status;
+    EE_GOTO(status, ee_model_create(&model, &config, ee_isa_best(), 2), done);
+    EE_GOTO(status, ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1), done);
+    EE_GOTO(status, ee_trainer_create(&trainer, model, &t), done);
+    EE_GOTO(status, ee_trainer_step(trainer, &input, &s, &result), done);
+done:
+    ee_trainer_destroy(trainer);
+    ee_model_destroy(model);
+    return status;
+}
+
+static void test_allocations(void) {
+    ee_test_allocations("a model, a trainer and a step", make_all);
+}
+
+EE_TEST_MAIN(test_training, test_limits, test_schedules, test_bad_schedules, test_allocations)
