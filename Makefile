@@ -52,11 +52,12 @@ clean: ## remove what was built
 # -- The environment: each stamp says that its part of the extras is installed ------------------
 
 tools:
-	@command -v $(PYTHON) >/dev/null || { echo "eellm: error: python3 is missing; run: $(SUDO)apt-get install python3 python3-venv python3-dev"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eellm: error: Python 3.11 or newer is needed, found $$($(PYTHON) -V); run: make PYTHON=/path/to/python3.11 ..."; exit 2; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "eellm: error: Python's venv module is missing; run: $(SUDO)apt-get install python3-venv"; exit 2; }
-	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "eellm: error: Python's headers are missing; run: $(SUDO)apt-get install python3-dev"; exit 2; }
-	@command -v gcc >/dev/null || { echo "eellm: error: gcc is missing; run: $(SUDO)apt-get install gcc libc6-dev"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "eellm: error: $(PYTHON) is missing; run: $(SUDO)apt-get install python3 python3-venv python3-dev"; exit 2; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eellm: error: Python 3.11 or newer is needed, found $$($(PYTHON) -V); run: make PYTHON=/path/to/python3.11 ..."; exit 2; } >&2
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "eellm: error: Python's venv module is missing; run: $(SUDO)apt-get install python3-venv"; exit 2; } >&2
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "eellm: error: Python's headers are missing; run: $(SUDO)apt-get install python3-dev"; exit 2; } >&2
+	@command -v $${CC:-gcc} >/dev/null || { echo "eellm: error: $${CC:-gcc} is missing; run: $(SUDO)apt-get install gcc libc6-dev"; exit 2; } >&2
+	@echo '#include <stdlib.h>' | $${CC:-gcc} -x c -fsyntax-only - 2>/dev/null || { echo "eellm: error: the C library's headers are missing; run: $(SUDO)apt-get install libc6-dev"; exit 2; } >&2
 
 $(VENV)/.run: pyproject.toml | tools
 	@echo "Setting up $(VENV) (Python packages; a few minutes the first time)"

@@ -13,6 +13,7 @@ Switches, read from the environment (0 or 1 unless said otherwise):
 CC, CFLAGS and LDFLAGS are respected.
 """
 
+import fcntl
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +31,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# One place for objects, whichever command builds: an editable install and a later build_ext share
+# them.
+OBJECTS = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 X86 = platform.machine() in ("x86_64", "AMD64")
 LEVELS = {"plain": []}
 if X86:
@@ -110,6 +115,24 @@ def included(dependencies):
     return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", text) if name]
 
 
+@contextmanager
+def one_build():
+    """Builds of one tree run one after the other."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with open(OBJECTS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def replace(target, make):
+    """Never half a file, and never one changed under a process that runs it."""
+    new = target.with_name(target.name + ".new")
+    new.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    make(new)
+    new.replace(target)
+
+
 class BuildCore(build_ext):
     """Compiles kernels/cpu once per instruction-set level, and everything in parallel."""
 
@@ -123,7 +146,7 @@ class BuildCore(build_ext):
             fail("Python's headers are missing; run: apt-get install python3-dev")
         return command[:flag]
 
-    def compile_jobs(self, temp):
+    def compile_jobs(self):
         """(command, object) of every source and level."""
         native = ["-march=native"] if switch("EELLM_NATIVE") else []
         sources = []
@@ -136,51 +159,63 @@ class BuildCore(build_ext):
         base = [*self.compiler_command(), *common_flags(), "-fPIC"]
         base += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}"]
         for source, level, flags in sources:
-            target = temp / source.relative_to(ROOT).with_suffix(f".{level}.o" if level else ".o")
+            target = OBJECTS / source.relative_to(ROOT).with_suffix(
+                f".{level}.o" if level else ".o"
+            )
             command = [*base, *flags, "-MMD", "-MF", str(target.with_suffix(".d"))]
             yield [*command, "-c", str(source), "-o", str(target)], target
 
-    def make(self, target, record, command):
-        """Runs the command that makes the target; the record says that it has succeeded."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)
-        self.spawn(command)
-        record.write_text(shlex.join(command))
+    def compile_stale(self, stale):
+        """Compiles in parallel; the record of an object says that its command has succeeded."""
 
-    def build_extension(self, extension):
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # One place for objects, whichever command builds: an editable install and a later
-        # build_ext share them.
-        temp = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        jobs = list(self.compile_jobs(temp))
-        stale = [
-            (target, target.with_suffix(".cmd"), command)
-            for command, target in jobs
-            if not is_fresh(
-                target, included(target.with_suffix(".d")), target.with_suffix(".cmd"), command
-            )
-        ]
-        objects = [str(target) for _, target in jobs]
-        fresh = output.with_name(output.name + ".new")
-        link = [*self.compiler.linker_so, *objects, "-o", str(fresh), "-pthread", "-lm"]
-        link += [flag for flag in common_flags() if flag.startswith("-fsanitize")]
-        record = temp / f"{output.parent.name}-{output.name}.cmd"
-        if not stale and is_fresh(output, objects, record, link):
-            return
-        self.report(output, jobs[0][0][0], len(stale))
+        def compile_one(target, record, command):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            record.unlink(missing_ok=True)
+            self.spawn(command)
+            record.write_text(shlex.join(command))
+
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            tasks = [pool.submit(self.make, *job) for job in stale]
+            tasks = [pool.submit(compile_one, *job) for job in stale]
             try:
                 for task in tasks:
                     task.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        # Never a half-written module, and never one changed under a process that runs it.
-        self.make(fresh, record, link)
-        fresh.replace(output)
-        if switch("EELLM_ABI3"):  # else the interpreter would prefer the one for it alone
-            output.with_name(f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(True)
+
+    def build_extension(self, extension):
+        with one_build():
+            self.build_module(Path(self.get_ext_fullpath(extension.name)).resolve())
+
+    def copy_extensions_to_source(self):
+        """In place, as build_ext --inplace and editable installs want it."""
+        for extension in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(extension.name))
+            place = Path(self.get_ext_fullpath(extension.name))
+            with one_build():
+                if not (place.exists() and built.stat().st_mtime_ns == place.stat().st_mtime_ns):
+                    replace(place, lambda new, built=built: shutil.copy2(built, new))
+            if switch("EELLM_ABI3"):  # else the interpreter would prefer the one for it alone
+                place.with_name(f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(True)
+
+    def build_module(self, output):
+        jobs = [(target, target.with_suffix(".cmd"), c) for c, target in self.compile_jobs()]
+        stale = [
+            (target, record, command)
+            for target, record, command in jobs
+            if not is_fresh(target, included(target.with_suffix(".d")), record, command)
+        ]
+        objects = [str(target) for target, _, _ in jobs]
+        link = [*self.compiler.linker_so, *objects, "-pthread", "-lm"]
+        link += [flag for flag in common_flags() if flag.startswith("-fsanitize")]
+        record = OBJECTS / f"{output.name}.cmd"
+        if not stale and is_fresh(output, objects, record, link):
+            return
+        self.report(output, jobs[0][2][0], len(stale))
+        self.compile_stale(stale)
+        record.unlink(missing_ok=True)
+        replace(output, lambda new: self.spawn([*link, "-o", str(new)]))
+        record.write_text(shlex.join(link))
 
     def report(self, output, compiler, count):
         modes = [name for name in ("DEBUG", "NATIVE", "WERROR", "ABI3") if switch(f"EELLM_{name}")]

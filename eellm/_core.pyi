@@ -1,8 +1,8 @@
 """The native core. Thin: no defaults that a config knows better, no work per token in Python.
 
 Arrays go in and out without copies: inputs must be C-contiguous and of the stated dtype, else
-`ValueError` says what to convert. Calls release the GIL; a handle that is in use raises `Error` when
-a second thread calls it. Messages of errors say what was wrong, what was expected, what to do.
+`ValueError` says what to convert. Calls release the GIL; a handle that is in use raises `Error`
+when a second thread calls it. Messages of errors say what was wrong, what was expected, what to do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -127,12 +127,12 @@ class Trainer:
     ) -> dict[str, Any]:
         """One optimizer step over all microbatches.
 
-        tokens, targets (-1: masked), positions [M, N]; row_ids [M, N]: global sample << 24 | position
-        in the sample, the key of dropout; segments: for each microbatch its boundaries 0 < ... < N
-        (segment_counts[m] + 1 numbers, one microbatch after the other): a row attends within its
-        segment. exit_weights [E - 1]. clip 0: no clipping. Where a loss or the gradient norm is
-        not finite, or lies above max_loss / max_grad_norm, nothing is updated and the gradients are
-        zeroed. update=False only accumulates gradients.
+        tokens, targets (below 0: masked), positions [M, N]; row_ids [M, N]: global sample << 24 |
+        position in the sample, the key of dropout; segments: for each microbatch its boundaries
+        0 < ... < N (segment_counts[m] + 1 numbers, one microbatch after the other): a row attends
+        within its segment. exit_weights [E - 1]. clip 0: no clipping. Where a loss or the gradient
+        norm is not finite, or lies above max_loss / max_grad_norm, nothing is updated and the
+        gradients are zeroed. update=False only accumulates gradients.
 
         Returns losses [E] (mean over unmasked tokens, float64), confidence [E] (mean), tokens
         (unmasked), grad_norm (before clipping), finite, updated.

@@ -121,6 +121,7 @@ struct ee_kv ee_cache_layer(const struct ee_cache *cache, int32_t layer) {
     return (struct ee_kv){.k = cache->k + layer * size,
                           .v = cache->v + layer * size,
                           .table = cache->table,
+                          .sequences = cache->max_sequences,
                           .pages_per_sequence = cache->pages_per_sequence,
                           .pages = cache->pages,
                           .page = EE_CACHE_PAGE,

@@ -423,12 +423,14 @@ static enum ee_status check_kv(const char *op, const struct ee_kv *kv) {
     if (kv->page < 64 || kv->page % 64 != 0)
         EE_FAIL(EE_ERR_INVALID, "%s: the page of kv must be a multiple of 64 positions, got %d", op,
                 (int)kv->page);
-    if (kv->heads < 1 || kv->width < 1 || kv->pages < 1 || kv->pages_per_sequence < 1)
-        EE_FAIL(EE_ERR_INVALID,
-                "%s: kv must have heads, width and pages >= 1, got %d heads of width %d, %lld "
-                "pages, %lld a sequence",
-                op, (int)kv->heads, (int)kv->width, (long long)kv->pages,
-                (long long)kv->pages_per_sequence);
+    if (kv->heads < 1 || kv->width < 1 || kv->pages < 1 || kv->sequences < 1 ||
+        kv->pages_per_sequence < 1)
+        EE_FAIL(
+            EE_ERR_INVALID,
+            "%s: kv must have heads, width, sequences and pages >= 1, got %d heads of width %d, "
+            "%lld sequences, %lld pages, %lld a sequence",
+            op, (int)kv->heads, (int)kv->width, (long long)kv->sequences, (long long)kv->pages,
+            (long long)kv->pages_per_sequence);
     return EE_OK;
 }
 
@@ -453,7 +455,7 @@ enum ee_status ee_kv_write(struct ee_ctx *ctx, const struct ee_kv *kv, const str
     EE_CHECK_TENSOR(k, "N, K, D", EE_ANY, kv->heads, kv->width);
     EE_CHECK_LIKE(v, k, "N, K, D");
     int64_t N = k->shape[0];
-    EE_CHECK_INDICES(sequence, N, 0, INT32_MAX);
+    EE_CHECK_INDICES(sequence, N, 0, last_index(kv->sequences));
     EE_CHECK_INDICES(position, N, 0, last_index(kv->pages_per_sequence * kv->page));
     for (int64_t n = 0; n < N; n++)
         EE_TRY(check_pages("kv_write", kv, sequence[n], position[n], position[n]));
@@ -474,7 +476,7 @@ enum ee_status ee_attention_rows(struct ee_ctx *ctx, const struct ee_tensor *out
              "the key-value heads must divide the heads, got K = %d and H = %lld", (int)kv->heads,
              (long long)q->shape[1]);
     int64_t N = q->shape[0];
-    EE_CHECK_INDICES(sequence, N, 0, INT32_MAX);
+    EE_CHECK_INDICES(sequence, N, 0, last_index(kv->sequences));
     EE_CHECK_INDICES(position, N, 0, last_index(kv->pages_per_sequence * kv->page));
     for (int64_t n = 0; n < N; n++) {
         int64_t first =

@@ -215,8 +215,8 @@ ee_attention_backward(struct ee_ctx *ctx, const struct ee_tensor *dq, const stru
  * page a sequence. */
 struct ee_kv {
     float *k, *v;
-    const int32_t *table;
-    int64_t pages_per_sequence;
+    const int32_t *table; /* [sequences, pages_per_sequence] */
+    int64_t sequences, pages_per_sequence;
     int64_t pages; /* in all, for checks */
     int32_t page;
     int32_t heads; /* K */

@@ -181,19 +181,19 @@ static PyObject *export_managed(struct tensor_object *self, bool versioned) {
     if (versioned) {
         struct dl_managed_versioned *managed = memory;
         managed->major = 1;
-        managed->context = Py_NewRef(self);
+        managed->context = Py_NewRef((PyObject *)self);
         managed->deleter = delete_versioned;
         managed->tensor = describe(self);
     } else {
         struct dl_managed *managed = memory;
-        managed->context = Py_NewRef(self);
+        managed->context = Py_NewRef((PyObject *)self);
         managed->deleter = delete_managed;
         managed->tensor = describe(self);
     }
     PyObject *capsule =
         PyCapsule_New(memory, versioned ? "dltensor_versioned" : "dltensor", capsule_destructor);
     if (!capsule) {
-        Py_DECREF(self);
+        Py_DECREF((PyObject *)self);
         ee_free(memory);
     }
     return capsule;

@@ -67,7 +67,7 @@ static int create(struct trainer_object *self, struct model_object *model,
         return -1;
     }
     self->trainer = trainer;
-    self->model = (struct model_object *)Py_NewRef(model);
+    self->model = (struct model_object *)Py_NewRef((PyObject *)model);
     return 0;
 }
 
@@ -114,7 +114,7 @@ static void dealloc(PyObject *object) {
     struct trainer_object *self = (struct trainer_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     ee_trainer_destroy(self->trainer);
-    Py_XDECREF(self->model);
+    Py_XDECREF((PyObject *)self->model);
     freefunc release = PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);

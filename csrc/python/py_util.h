@@ -9,6 +9,8 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+/* Python.h brings it in with the full API alone. */
+#include <string.h>
 
 #include "model/model.h"
 

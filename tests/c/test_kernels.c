@@ -197,6 +197,7 @@ static enum ee_status run_cache(struct ee_ctx *ctx) {
         position[n] = n * 21;
     }
     struct ee_kv kv = {.table = table,
+                       .sequences = 2,
                        .pages_per_sequence = 2,
                        .pages = PAGES,
                        .page = PAGE,

@@ -289,8 +289,8 @@ static void test_attention(void) {
 static void test_cache(void) {
     /* Two sequences of three pages, of which the second has two. */
     int32_t table[] = {3, 1, 2, 0, 4, -1}, sequence[] = {0, 1}, position[] = {191, 127};
-    int32_t far[] = {0, 192}, absent[] = {0, 128}, negative[] = {0, -1};
-    struct ee_kv kv = {a, b, table, 3, 5, 64, 2, 8}, bad;
+    int32_t far[] = {0, 192}, absent[] = {0, 128}, negative[] = {0, -1}, beyond[] = {0, 2};
+    struct ee_kv kv = {a, b, table, 2, 3, 5, 64, 2, 8}, bad;
     struct ee_tensor k = heads(c, 2, 2, 8), v = heads(c, 2, 2, 8), k0 = heads(c, 0, 2, 8);
     struct ee_tensor q = heads(c, 2, 4, 8), out = heads(b, 2, 4, 8), odd = heads(c, 2, 3, 8);
     struct ee_tensor q0 = heads(c, 0, 4, 8);
@@ -309,11 +309,13 @@ static void test_cache(void) {
             sequence, position);
     bad = kv;
     bad.pages = 0;
-    REFUSES(kv_write, "kv must have heads, width and pages >= 1", &bad, &k, &v, sequence, position);
+    REFUSES(kv_write, "kv must have heads, width, sequences and pages >= 1", &bad, &k, &v, sequence,
+            position);
     REFUSES(kv_write, "k must be float32[N, K = 2, D = 8]", &kv, &q, &v, sequence, position);
     REFUSES(kv_write, "position[1] must lie between 0 and 191, got 192", &kv, &k, &v, sequence,
             far);
     REFUSES(kv_write, "sequence[1] must lie between 0 and", &kv, &k, &v, negative, position);
+    REFUSES(kv_write, "sequence[1] must lie between 0 and 1, got 2", &kv, &k, &v, beyond, position);
     REFUSES(kv_write, "sequence 1 has no page for position 128 (table entry -1, 5 pages)", &kv, &k,
             &v, sequence, absent);
     ALLOWS_EMPTY(kv_write, &kv, &k0, &k0, NULL, NULL);

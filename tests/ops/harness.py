@@ -67,6 +67,7 @@ class Kv(ct.Structure):
         ("k", ct.c_void_p),
         ("v", ct.c_void_p),
         ("table", ct.c_void_p),
+        ("sequences", ct.c_int64),
         ("pages_per_sequence", ct.c_int64),
         ("pages", ct.c_int64),
         ("page", ct.c_int32),

@@ -354,7 +354,8 @@ class Cache:
     def view(self):
         _, heads, page, width = self.k.shape
         addresses = (array.ctypes.data for array in (self.k, self.v, self.table))
-        view = Kv(*addresses, self.per_sequence, self.pages, page, heads, width)
+        sequences = len(self.table) // self.per_sequence
+        view = Kv(*addresses, sequences, self.per_sequence, self.pages, page, heads, width)
         view.keep = self
         return view
 

@@ -132,7 +132,7 @@ def baseline(op):
     segment = pointer(np.array([0, 2, N], np.int32))
     angles = array(P, D // 2)
     cache, pages = array(2, 4 * 64 * K * D), np.arange(4, dtype=np.int32)
-    kv = keep(Kv(*(a.ctypes.data for a in (*cache, pages)), 2, 4, 64, K, D), cache, pages)
+    kv = keep(Kv(*(a.ctypes.data for a in (*cache, pages)), 2, 2, 4, 64, K, D), cache, pages)
     sequence, position = indices(below=2), indices()
     panels = np.zeros(64 * C + 16, np.float32)
     start = panels.ctypes.data + -panels.ctypes.data % 64
