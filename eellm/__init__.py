@@ -3,6 +3,73 @@
 Everything public is imported on first use, so that `import eellm` costs little.
 """
 
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from eellm._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from eellm._core import CommError, Error, NonFiniteError, build_info
+    from eellm.config import ExitConfig, ModelConfig
+    from eellm.data import load_tokenizer
+    from eellm.generate import generate
+    from eellm.model import Model
+    from eellm.train.config import TrainConfig
+    from eellm.train.trainer import Trainer
+
+_HOMES = {
+    "CommError": "eellm._core",
+    "Error": "eellm._core",
+    "ExitConfig": "eellm.config",
+    "Model": "eellm.model",
+    "ModelConfig": "eellm.config",
+    "NonFiniteError": "eellm._core",
+    "TrainConfig": "eellm.train.config",
+    "Trainer": "eellm.train.trainer",
+    "build_info": "eellm._core",
+    "generate": "eellm.generate",
+    "load_tokenizer": "eellm.data",
+}
+
+__all__ = [
+    "CommError",
+    "Error",
+    "ExitConfig",
+    "Model",
+    "ModelConfig",
+    "NonFiniteError",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "build_info",
+    "generate",
+    "load_tokenizer",
+]
+
+
+class _Package(ModuleType):
+    """The function `generate` has the name of its module, which an import binds here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "generate" and isinstance(value, ModuleType):
+            value = value.generate
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
