@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -96,12 +97,31 @@ int ee_cpu_count(void) {
     return n > 0 ? n : 1;
 }
 
+#define MAX_THREADS 1024
+
+/* The number that EELLM_THREADS gives, or else that of the CPUs. */
+static enum ee_status default_threads(int *threads) {
+    *threads = ee_cpu_count();
+    const char *text = getenv("EELLM_THREADS");
+    if (!text || !*text)
+        return EE_OK;
+    char *end;
+    long value = strtol(text, &end, 10);
+    if (*end || value < 0 || value > MAX_THREADS)
+        EE_FAIL(EE_ERR_INVALID, "EELLM_THREADS must be a number from 0 (all) to %d, got '%s'",
+                MAX_THREADS, text);
+    if (value > 0)
+        *threads = (int)value;
+    return EE_OK;
+}
+
 enum ee_status ee_pool_create(struct ee_pool **out, int threads) {
     *out = NULL;
+    if (threads < 0 || threads > MAX_THREADS)
+        EE_FAIL(EE_ERR_INVALID, "threads must lie between 0 (all) and %d, got %d", MAX_THREADS,
+                threads);
     if (threads == 0)
-        threads = ee_cpu_count();
-    if (threads < 0 || threads > 1024)
-        EE_FAIL(EE_ERR_INVALID, "threads must lie between 0 (all) and 1024, got %d", threads);
+        EE_TRY(default_threads(&threads));
     void *memory;
     EE_TRY(ee_alloc(&memory, sizeof(struct ee_pool), "the thread pool"));
     struct ee_pool *pool = memory;

@@ -15,7 +15,8 @@ struct ee_pool;
 /* first and last (exclusive) task of this call, and which thread it is. */
 typedef void ee_task_fn(void *arg, int64_t first, int64_t last, int thread);
 
-/* `threads` >= 1; 0 takes what the process may use (its CPU affinity). */
+/* `threads` >= 1; 0 takes EELLM_THREADS, or without it what the process may use (its CPU affinity).
+ */
 EE_WARN_UNUSED enum ee_status ee_pool_create(struct ee_pool **out, int threads);
 
 /* Waits for nothing: no task may be running. NULL is allowed. */

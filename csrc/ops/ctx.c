@@ -3,6 +3,7 @@
 #include "base/alloc.h"
 #include "cpu/cpu.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define SCRATCH_AT_START ((size_t)1 << 20)
@@ -46,6 +47,8 @@ enum ee_isa ee_isa_best(void) {
 
 enum ee_status ee_isa_from_name(enum ee_isa *isa, const char *name) {
     *isa = ee_isa_best();
+    if (!name || !*name)
+        name = getenv("EELLM_ISA");
     if (!name || !*name)
         return EE_OK;
     for (int i = 0; i < EE_ISA_COUNT; i++) {

@@ -14,8 +14,8 @@ const char *ee_isa_name(enum ee_isa isa);
 /* The best level that this CPU runs. */
 enum ee_isa ee_isa_best(void);
 
-/* The level of a name ("plain", "avx2", "avx512"); NULL or "" gives the best one. An unknown name,
- * or one that this CPU lacks, is EE_ERR_INVALID. */
+/* The level of a name ("plain", "avx2", "avx512"); NULL or "" gives that of EELLM_ISA, or without
+ * it the best one. An unknown name, or one that this CPU lacks, is EE_ERR_INVALID. */
 EE_WARN_UNUSED enum ee_status ee_isa_from_name(enum ee_isa *isa, const char *name);
 
 /* A CPU context with its own threads (0: as many as the process may use). */
