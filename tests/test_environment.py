@@ -20,8 +20,15 @@ def test_isa(monkeypatch, isa):
     assert _core.Model(base_config(), 1, "plain").isa == "plain"
 
 
-@pytest.mark.parametrize("name,value", [("EELLM_THREADS", "many"), ("EELLM_THREADS", "-1"),
-                                        ("EELLM_THREADS", "5000"), ("EELLM_ISA", "avx1024")])  # fmt: skip
+NONSENSE = [
+    ("EELLM_THREADS", "many"),
+    ("EELLM_THREADS", "-1"),
+    ("EELLM_THREADS", "5000"),
+    ("EELLM_ISA", "avx1024"),
+]
+
+
+@pytest.mark.parametrize("name,value", NONSENSE)
 def test_nonsense_is_refused_by_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=value):

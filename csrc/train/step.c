@@ -147,9 +147,10 @@ static enum ee_status update(struct ee_trainer *trainer, const struct ee_step_se
     EE_TRY(ee_comm_all_reduce(trainer->comm, &total, &sum, 1, EE_COMM_F64, EE_COMM_SUM, action));
     result->grad_norm = sqrt(total);
     result->finite = result->finite && isfinite(result->grad_norm);
-    double loss = result->loss[trainer->model->params->exits - 1];
-    if (!result->finite || loss > settings->max_loss ||
-        result->grad_norm > settings->max_grad_norm) {
+    bool high = result->grad_norm > settings->max_grad_norm;
+    for (int32_t e = 0; e < trainer->model->params->exits; e++)
+        high = high || result->loss[e] > settings->max_loss;
+    if (!result->finite || high) {
         ee_trainer_zero_gradients(trainer);
         return EE_OK;
     }

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from eellm import _core
+from tests.parity.cases import B, M, T, base_config, batch, exit_, randomise
+
 
 def probabilities(model, tokens):
     """[E, B, T, V] in float64."""
@@ -51,3 +54,22 @@ def test_rates_and_weights_of_each_step(make):
     weights = [record["exit_weights"] for record in records]
     assert weights == [[pytest.approx(each)] for each in (0, 0.2, 0.4, 0.6, 0.8, 0.8)]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_high_loss_of_any_exit_stops_the_update():
+    """max_loss holds for every exit: here only the early one is above it."""
+    config = base_config(exits=[exit_(2)])
+    core = _core.Model(config, 1)
+    randomise(core)
+    np.asarray(core.parameter("exits.0.norm.weight"))[...] *= 200
+    trainer = _core.Trainer(core, rows=B * T, microbatches=M)
+    options = dict(exit_weights=[0.5], learning_rate=1e-3)
+    data = batch(config).values()
+    low, high = sorted(trainer.step(*data, **options, update=False)["losses"])
+    assert low < 0.5 * high
+    trainer.zero_gradients()
+    before = np.array(core.parameter("lm_head.weight"))
+    result = trainer.step(*data, **options, max_loss=(low + high) / 2)
+    assert result["finite"] and not result["updated"]
+    assert np.array_equal(before, core.parameter("lm_head.weight"))
+    assert trainer.step(*data, **options, max_loss=high + 1)["updated"]
