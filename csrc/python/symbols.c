@@ -2,6 +2,7 @@
  * that users run. Private: names and signatures may change. */
 #include "python/py_util.h"
 
+#include "base/alloc.h"
 #include "base/log.h"
 
 #define ENTRY(name) {#name, (void (*)(void))name},
@@ -19,6 +20,7 @@ static const struct {
     ENTRY(ee_ctx_create)
     ENTRY(ee_ctx_destroy)
     ENTRY(ee_weight_bytes)
+    ENTRY(ee_alloc_fail_at)
     // clang-format on
 };
 

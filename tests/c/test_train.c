@@ -188,7 +188,8 @@ static void test_schedules(void) {
 
 /* Lists that must be refused: each breaks one rule. */
 static void test_bad_schedules(void) {
-    enum { F = EE_STEP_FORWARD, B = EE_STEP_BACKWARD };
+#define F EE_STEP_FORWARD
+#define B EE_STEP_BACKWARD
     const struct {
         const char *text;
         int32_t slots, count;
@@ -210,6 +211,9 @@ static void test_bad_schedules(void) {
         EE_EXPECT_STATUS(ee_schedule_validate(&schedule), EE_ERR_INVALID, cases[i].text);
     }
 }
+
+#undef F
+#undef B
 
 static enum ee_status make_all(void) {
     struct ee_config config = mixed_config();
