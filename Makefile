@@ -29,6 +29,7 @@ mutate: build $(VENV)/.test ## apply listed one-line faults to a copy; each must
 	$(RUN) tests/mutations/run.py $(ARGS)
 
 wheel: $(VENV)/.run ## build a wheel into dist/
+	@rm -rf build/lib build/lib.* # where setuptools would find modules that are no longer there
 	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
