@@ -3,8 +3,6 @@
 Everything public is imported on first use, so that `import eellm` costs little.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from eellm._version import __version__
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from eellm._core import CommError, Error, NonFiniteError, build_info
     from eellm.config import ExitConfig, ModelConfig
     from eellm.data import load_tokenizer
-    from eellm.generate import generate
+    from eellm.decode import generate
     from eellm.model import Model
     from eellm.train.config import TrainConfig
     from eellm.train.trainer import Trainer
@@ -28,7 +26,7 @@ _HOMES = {
     "TrainConfig": "eellm.train.config",
     "Trainer": "eellm.train.trainer",
     "build_info": "eellm._core",
-    "generate": "eellm.generate",
+    "generate": "eellm.decode",
     "load_tokenizer": "eellm.data",
 }
 
@@ -46,18 +44,6 @@ __all__ = [
     "generate",
     "load_tokenizer",
 ]
-
-
-class _Package(ModuleType):
-    """The function `generate` has the name of its module, which an import binds here."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "generate" and isinstance(value, ModuleType):
-            value = value.generate
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

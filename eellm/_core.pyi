@@ -215,7 +215,7 @@ class Engine:
         steps, which may have no events. Sequences that are done leave. NonFiniteError ends the
         sequence that it names; the events of the others come with the next call."""
 
-    def remove(self, sequence: int) -> None:
+    def remove(self, sequence: int, /) -> None:
         """Ends a sequence and frees its place in the cache."""
 
     def _cache(

@@ -120,8 +120,8 @@ class Model:
         return total / count
 
     def generate(self, prompts: Any, **kwargs: Any) -> Any:
-        """Text or tokens that follow prompts; see `eellm.generate.generate`."""
-        from eellm.generate import generate
+        """Text or tokens that follow prompts; see `eellm.decode.generate`."""
+        from eellm.decode import generate
 
         return generate(self, prompts, **kwargs)
 

@@ -38,7 +38,8 @@ struct worker {
 
 struct ee_pool {
     int threads;
-    int started; /* workers that were created, for the clean-up of a failed start */
+    unsigned forks; /* of the process, as this pool's threads were started */
+    int started;    /* workers that were created, for the clean-up of a failed start */
     ee_task_fn *fn;
     void *arg;
     int64_t count;
@@ -50,6 +51,18 @@ struct ee_pool {
     int spin_rounds;
     struct worker *workers;
 };
+
+/* Forks of this process since the first pool: a forked child has none of its parent's threads. */
+static atomic_uint forks;
+static pthread_once_t count_forks_once = PTHREAD_ONCE_INIT;
+
+static void count_fork(void) {
+    atomic_fetch_add(&forks, 1);
+}
+
+static void count_forks(void) {
+    pthread_atfork(NULL, NULL, count_fork);
+}
 
 static void gate_wake(struct gate *gate) {
     if (atomic_load(&gate->sleepers))
@@ -97,6 +110,31 @@ int ee_cpu_count(void) {
     return n > 0 ? n : 1;
 }
 
+/* Starts the threads from 1 on; `started` tells how many came to life. */
+static void start_workers(struct ee_pool *pool) {
+    pool->forks = atomic_load(&forks);
+    pool->started = 0;
+    for (int t = 1; t < pool->threads; t++) {
+        pool->workers[t] = (struct worker){.pool = pool, .thread = t};
+        if (pthread_create(&pool->workers[t].handle, NULL, worker_main, &pool->workers[t]) != 0)
+            return;
+        pool->started = t;
+    }
+}
+
+/* In a forked child: new threads, and no trace of what the parent's were doing. Where they cannot
+ * be started the child goes on with those that could. */
+static void restart_workers(struct ee_pool *pool) {
+    struct gate *gates[] = {&pool->work, &pool->arrived, &pool->barrier_generation};
+    for (int i = 0; i < 3; i++) {
+        atomic_store(&gates[i]->value, 0);
+        atomic_store(&gates[i]->sleepers, 0);
+    }
+    atomic_store(&pool->barrier_count, 0);
+    start_workers(pool);
+    pool->threads = pool->started + 1;
+}
+
 #define MAX_THREADS 1024
 
 /* The number that EELLM_THREADS gives, or else that of the CPUs. */
@@ -135,14 +173,13 @@ enum ee_status ee_pool_create(struct ee_pool **out, int threads) {
     pool->threads = threads;
     /* Spinning only pays where every thread has a core of its own. */
     pool->spin_rounds = threads <= ee_cpu_count() ? SPIN_ROUNDS : 0;
-    for (int t = 1; t < threads; t++) {
-        pool->workers[t] = (struct worker){.pool = pool, .thread = t};
-        if (pthread_create(&pool->workers[t].handle, NULL, worker_main, &pool->workers[t]) != 0) {
-            ee_pool_destroy(pool);
-            EE_FAIL(EE_ERR_NOMEM, "cannot start thread %d of %d; use fewer threads (EELLM_THREADS)",
-                    t, threads);
-        }
-        pool->started = t;
+    pthread_once(&count_forks_once, count_forks);
+    start_workers(pool);
+    if (pool->started + 1 < threads) {
+        int started = pool->started;
+        ee_pool_destroy(pool);
+        EE_FAIL(EE_ERR_NOMEM, "cannot start thread %d of %d; use fewer threads (EELLM_THREADS)",
+                started + 1, threads);
     }
     *out = pool;
     return EE_OK;
@@ -151,6 +188,8 @@ enum ee_status ee_pool_create(struct ee_pool **out, int threads) {
 void ee_pool_destroy(struct ee_pool *pool) {
     if (!pool)
         return;
+    if (pool->forks != atomic_load(&forks))
+        pool->started = 0; /* they are the parent's */
     atomic_store(&pool->stop, true);
     atomic_fetch_add(&pool->work.value, 1);
     gate_wake(&pool->work);
@@ -167,6 +206,8 @@ int ee_pool_threads(const struct ee_pool *pool) {
 void ee_pool_run(struct ee_pool *pool, ee_task_fn *fn, void *arg, int64_t count) {
     if (count <= 0)
         return;
+    if (pool->forks != atomic_load_explicit(&forks, memory_order_relaxed))
+        restart_workers(pool);
     if (pool->threads == 1 || count == 1) {
         fn(arg, 0, count, 0);
         return;

@@ -2,7 +2,8 @@
  *
  * The calling thread is number 0 and works too. Which thread runs which task is fixed: thread t of
  * n runs the tasks [t * count / n, (t + 1) * count / n), so that a result that depends on the split
- * is the same at every call. Waiting threads spin in user space for a while, then sleep. */
+ * is the same at every call. Waiting threads spin in user space for a while, then sleep. A child
+ * made by fork starts threads of its own when it first runs something. */
 #ifndef EE_THREADS_H
 #define EE_THREADS_H
 

@@ -42,6 +42,7 @@ static enum ee_status check_numbers(const struct ee_config *c) {
         {"attn_logit_softcapping", c->attention_softcap, 0, 1e6f},
         {"final_logit_softcapping", c->logit_softcap, 0, 1e6f},
         {"embedding_scale", c->embedding_scale, 1e-6f, 1e6f},
+        {"norm_offset", c->norm.weight_offset, -1e6f, 1e6f},
         {"embd_pdrop", c->embedding_dropout, 0, 0.999f},
         {"attn_pdrop", c->attention_dropout, 0, 0.999f},
         {"resid_pdrop", c->residual_dropout, 0, 0.999f},
@@ -51,6 +52,9 @@ static enum ee_status check_numbers(const struct ee_config *c) {
             EE_FAIL(EE_ERR_INVALID, "%s must lie between %g and %g, got %g", numbers[i].name,
                     (double)numbers[i].low, (double)numbers[i].high, (double)numbers[i].value);
     if (c->positions == EE_POSITIONS_ROPE) {
+        if (!(c->rope_scale > 0 && isfinite(c->rope_scale)))
+            EE_FAIL(EE_ERR_INVALID, "the attention factor of rope_scaling must be above 0, got %g",
+                    (double)c->rope_scale);
         if (c->rope_dims < 2 || c->rope_dims % 2 != 0 || c->rope_dims > c->head_dim)
             EE_FAIL(EE_ERR_INVALID,
                     "the rotated part of a head must be an even number from 2 to head_dim (%d), "
@@ -110,6 +114,11 @@ static enum ee_status check_exit(const struct ee_config *c, int32_t i) {
                 i, exit->before ? "before" : "after", exit->layer, i - 1,
                 c->exits[i - 1].before ? "before" : "after", c->exits[i - 1].layer);
     int32_t output = exit->output;
+    if (output < EE_OUTPUT_FINAL)
+        EE_FAIL(EE_ERR_INVALID,
+                "early exit %d: output must be own (-1), embedding (-2), final (-3) "
+                "or the index of another exit, got %d",
+                i, output);
     for (int32_t steps = 0; output >= 0; steps++) {
         if (output >= c->num_exits || steps > c->num_exits || output == i)
             EE_FAIL(EE_ERR_INVALID,

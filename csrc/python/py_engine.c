@@ -287,11 +287,15 @@ static PyObject *get_stats(PyObject *object, void *unused) {
 
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))add, METH_VARARGS | METH_KEYWORDS,
+     "add($self, /, tokens, *, max_new_tokens, engine='deferred', thresholds=(), max_deferred=15,\n"
+     "temperature=0.0, top_k=0, top_p=1.0, seed=0, sample=0, stop_tokens=())\n--\n\n"
      "Admits a prompt and returns its sequence number."},
-    {"step", step, METH_NOARGS, "One batch step: a structured array of events."},
-    {"remove", remove_sequence, METH_O, "Ends a sequence and frees its place in the cache."},
+    {"step", step, METH_NOARGS,
+     "step($self, /)\n--\n\nOne batch step: a structured array of events."},
+    {"remove", remove_sequence, METH_O,
+     "remove($self, sequence, /)\n--\n\nEnds a sequence and frees its place in the cache."},
     {"_cache", cache, METH_VARARGS,
-     "Copies of keys and values [fill, K, D] of (sequence, layer), for tests."},
+     "_cache($self, sequence, layer, /)\n--\n\nCopies of keys and values [fill, K, D] of a layer."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -307,7 +311,9 @@ static PyType_Slot slots[] = {
     {Py_tp_traverse, traverse},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc, "Decoding: packed weights, the key-value cache, and the sequences in flight."},
+    {Py_tp_doc,
+     "Engine(model, *, dtype='float32', max_sequences=1, max_length=0, positions=0)\n--\n\n"
+     "Decoding: packed weights, the key-value cache, and the sequences in flight."},
     {0, NULL},
 };
 

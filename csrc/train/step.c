@@ -15,8 +15,8 @@ static enum ee_status take_arena(float **out, const struct ee_model *model, cons
 enum ee_status ee_trainer_create(struct ee_trainer **out, struct ee_model *model,
                                  const struct ee_trainer_config *config) {
     *out = NULL;
-    if (config->rows < 1)
-        EE_FAIL(EE_ERR_INVALID, "a microbatch needs at least one token, got %lld",
+    if (config->rows < 1 || config->rows > INT32_MAX)
+        EE_FAIL(EE_ERR_INVALID, "a microbatch holds 1 to %d tokens, got %lld", INT32_MAX,
                 (long long)config->rows);
     for (int32_t e = 0; e < model->config.num_exits; e++)
         if (!(config->temperature[e] > 0 && isfinite(config->temperature[e])))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eellm.generate import Generation, Piece
+    from eellm.decode import Generation, Piece
 
 EPILOG = """\
 Without --threshold no token leaves early. A threshold is one number for all early exits, or one for
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    from eellm.generate import generate
+    from eellm.decode import generate
     from eellm.model import Model
 
     prompts = _prompts(options)

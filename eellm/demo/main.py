@@ -207,7 +207,7 @@ def _bits(losses: Sequence[float]) -> list[float]:
 
 def _results(corpus: Corpus, data: Data, trainer: Trainer, steps: int) -> dict[str, Any]:
     """What training showed, losses in bits a token."""
-    from eellm.generate import exit_depths, exit_names
+    from eellm.decode import exit_depths, exit_names
 
     config = trainer.model.config
     held_out = [record for record in trainer.history if record["kind"] == "valid"]
@@ -298,7 +298,7 @@ def _write(
     model: Model, data: Data, corpus: Corpus, thresholds: Sequence[float], seed: int
 ) -> dict[str, list[Generation]]:
     """Texts without and with early exits, one prompt after the other, as a user would wait."""
-    from eellm.generate import generate
+    from eellm.decode import generate
 
     settings: dict[str, Any] = {
         "max_new_tokens": NEW_TOKENS,

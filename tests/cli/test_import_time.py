@@ -50,6 +50,6 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_generate_is_a_function_whatever_was_imported_before():
-    for first in ("import eellm.generate", "from eellm.generate import exit_names", "pass"):
+    for first in ("import eellm.decode", "from eellm.decode import exit_names", "pass"):
         code = f"import eellm, types; {first}; print(type(eellm.generate) is types.FunctionType)"
         assert run(code) == "True\n", first

@@ -8,7 +8,7 @@ import pytest
 from eellm import _core
 from eellm.config import ExitConfig, ModelConfig
 from eellm.data import train_bpe
-from eellm.generate import Generator, generate
+from eellm.decode import Generator, generate
 from eellm.model import Model
 from eellm.palette import colour
 from tests.infer.models import fill, run

@@ -241,8 +241,8 @@ def test_seeds_of_initial_values(made):
 
 
 TRAINERS = [
-    ({"rows": 0}, ValueError, "a microbatch needs at least one token, got 0"),
-    ({"rows": -(2**62)}, ValueError, "a microbatch needs at least one token"),
+    ({"rows": 0}, ValueError, "a microbatch holds 1 to 2147483647 tokens, got 0"),
+    ({"rows": -(2**62)}, ValueError, "a microbatch holds 1 to"),
     ({"microbatches": 0}, ValueError, "a step needs 1 to 1048576 microbatches, got 0"),
     ({"microbatches": 2**30}, ValueError, "a step needs 1 to"),
     ({"microbatches": 2**40}, OverflowError, ""),

@@ -18,7 +18,6 @@ COMMON = {*dir(object), *dir(Exception), "__module__", "__weakref__", "__dict__"
 BY_SLOT = {"__buffer__", "__release_buffer__"}
 TYPED_DICTS = {"ParameterRow"}
 # Whose functions have no signature in their texts: test_keywords_of_an_engine tries them.
-UNSIGNED = ("Engine",)
 
 
 def stub_names(body):
@@ -59,8 +58,6 @@ def module_parameters(function):
 
 def compare_parameters(name, stub, function):
     found = module_parameters(function)
-    if found is None and name.startswith(UNSIGNED):
-        return []
     if found is None:
         return [f"{name}: no signature in the module"]
     expected = stub_parameters(stub)
