@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from eellm._version import __version__
 
 if TYPE_CHECKING:
-    from eellm._core import CommError, Error, NonFiniteError, build_info
+    from eellm._core import BusyError, CommError, Error, NonFiniteError, build_info
     from eellm.config import ExitConfig, ModelConfig
     from eellm.data import load_tokenizer
     from eellm.decode import generate
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from eellm.train.trainer import Trainer
 
 _HOMES = {
+    "BusyError": "eellm._core",
     "CommError": "eellm._core",
     "Error": "eellm._core",
     "ExitConfig": "eellm.config",
@@ -31,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BusyError",
     "CommError",
     "Error",
     "ExitConfig",

@@ -17,6 +17,9 @@ class Error(RuntimeError):
 class NonFiniteError(Error):
     """NaN or infinity in a loss, a gradient or in logits."""
 
+class BusyError(Error):
+    """No room for another sequence now, or a handle that another call is using."""
+
 class CommError(Error):
     """A failed or overdue exchange between ranks."""
 
@@ -63,10 +66,13 @@ class Model:
 
     config: the fields of struct ee_config (csrc/model/config.h), made by
     `eellm.config.ModelConfig.to_core()`. threads: 0 takes all that the process may use. isa:
-    "plain", "avx2", "avx512", or "" for the best one.
+    "plain", "avx2", "avx512", or "" for the best one. weights=False: without parameters in memory,
+    for an Engine made with empty=True; `parameter`, `initialize`, `forward` and Trainer refuse.
     """
 
-    def __init__(self, config: Mapping[str, Any], threads: int = 0, isa: str = "") -> None: ...
+    def __init__(
+        self, config: Mapping[str, Any], threads: int = 0, isa: str = "", weights: bool = True
+    ) -> None: ...
     @property
     def table(self) -> list[ParameterRow]: ...
     @property
@@ -172,9 +178,10 @@ class Trainer:
 class Engine:
     """Decoding: packed weights, the key-value cache, and the sequences in flight.
 
-    The weights are copied when the engine is made. dtype of theirs: "float32" or "bfloat16".
-    max_sequences: in flight at a time. max_length: positions of a sequence, 0: the model's context.
-    positions: what the cache holds over all sequences, 0: as much as they could ever need.
+    The weights are copied when the engine is made; with empty=True they come with `load` instead.
+    dtype of theirs: "float32" or "bfloat16". max_sequences: in flight at a time. max_length:
+    positions of a sequence, 0: the model's context. positions: what the cache holds over all
+    sequences, 0: as much as they could ever need.
     """
 
     def __init__(
@@ -185,38 +192,70 @@ class Engine:
         max_sequences: int = 1,
         max_length: int = 0,
         positions: int = 0,
+        empty: bool = False,
     ) -> None: ...
+    def load(self, name: str, values: npt.NDArray[Any], /) -> None:
+        """Packs a parameter: float32, float16, or the bits of bfloat16 as uint16, in its shape. A
+        matrix may be a transposed or sliced view with contiguous rows or columns."""
+
     def add(
         self,
         tokens: npt.NDArray[np.int32],
         *,
         max_new_tokens: int,
+        min_new_tokens: int = 0,
         engine: str = "deferred",
         thresholds: Sequence[float] = (),
+        all_confidences: bool = False,
         max_deferred: int = 15,
+        full_depth: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int = 0,
         sample: int = 0,
         stop_tokens: Sequence[int] = (),
+        forced: npt.NDArray[np.int32] | None = None,
+        replay: npt.NDArray[np.int32] | None = None,
     ) -> int:
         """Admits a prompt and returns its sequence number, which is never used again.
 
-        engine: "full" or "deferred". thresholds: one for each early exit, one for all, or none
-        (1.0). Raises Error when there is no room now.
+        engine: "full", "deferred", "recompute" or "speculative". thresholds: one for each early
+        exit, one for all, or none (1.0); exits with threshold 1 are not run, unless
+        all_confidences. max_deferred: rows, or drafts in a row. full_depth: events of kind 1 for
+        tokens that left early. forced: tokens that the text goes on with, whatever is chosen.
+        replay: the exit that each new token leaves at, whatever the confidence (speculative: 0 or
+        1, whether a draft of it is accepted). Raises BusyError when there is no room now.
         """
 
-    def step(self) -> npt.NDArray[np.void]:
-        """One batch step: a structured array of events (sequence int32, token int32, exit int32,
-        confidence float32, logprob float32, done int32: 0 no, 1 length, 2 stop token).
+    def score(self, tokens: npt.NDArray[np.int32], /) -> int:
+        """Admits a text, of which every token but the first gets an event of kind 2."""
 
-        Each sequence whose prompt is read makes one token; a long prompt is read over several
-        steps, which may have no events. Sequences that are done leave. NonFiniteError ends the
-        sequence that it names; the events of the others come with the next call."""
+    def step(self) -> npt.NDArray[np.void]:
+        """One batch step: a structured array of events.
+
+        Fields, all of 4 bytes: sequence; kind (0 a new token, 1 the final exit's view of a token
+        that left early, 2 a scored token); position of the token in its sequence; token; exit;
+        done (0 no, 1 length, 2 stop token, 3 finished); confidence and logprob at that exit; and
+        exits [E] of (confidence, logprob, token): what each exit said (NaN, NaN, -1: not run; the
+        token is the largest logit, the logprob that of the event's token where it was known).
+
+        Each sequence whose prompt is read runs one new row, which makes a token, or a draft, or
+        verifies several; a long prompt is read over several steps. Sequences that are done leave.
+        NonFiniteError ends the sequence that it names; the events of the others come with the next
+        call."""
+
+    def finish(self, sequence: int, /) -> int:
+        """Ends a sequence; with full_depth after its deferred rows have run to the last layer.
+        Returns how many events are still to come, the last one done (3)."""
 
     def remove(self, sequence: int, /) -> None:
-        """Ends a sequence and frees its place in the cache."""
+        """Ends a sequence at once and frees its place in the cache."""
 
     def _cache(
         self, sequence: int, layer: int, /
@@ -230,7 +269,8 @@ class Engine:
     @property
     def stats(self) -> dict[str, int]:
         """steps; half_layers (that ran, summed over rows) and head_rows (rows through an output
-        matrix); weight_bytes and cache_bytes."""
+        matrix); bytes_read (of packed matrices, each counted once a product); drafts and accepted;
+        bytes: weight_bytes, cache_bytes."""
 
 def build_info() -> dict[str, Any]: ...
 def measure_bandwidth(threads: int, mebibytes: int, /) -> float:

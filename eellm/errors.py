@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eellm._core import CommError, Error, NonFiniteError
+    from eellm._core import BusyError, CommError, Error, NonFiniteError
 
 __all__ = [
+    "BusyError",
     "CommError",
     "Error",
     "NonFiniteError",
@@ -18,7 +19,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Error", "NonFiniteError", "CommError"):
+    if name in ("Error", "NonFiniteError", "CommError", "BusyError"):
         from eellm import _core
 
         return getattr(_core, name)

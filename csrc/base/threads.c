@@ -24,6 +24,11 @@
  * to burn a core while Python runs. */
 #define SPIN_ROUNDS 2000
 
+/* Every so many rounds a waiting thread lets others run: where other processes leave the pool less
+ * than a core a thread, two of its threads may share one, and the one that spins would hold up the
+ * one it waits for. */
+#define YIELD_ROUNDS 64
+
 /* A 32-bit word that one side changes and others wait on. */
 struct gate {
     _Alignas(EE_ALIGNMENT) atomic_uint value;
@@ -74,7 +79,10 @@ static void gate_wait(struct gate *gate, unsigned old, int spin_rounds) {
     for (int i = 0; i < spin_rounds; i++) {
         if (atomic_load_explicit(&gate->value, memory_order_acquire) != old)
             return;
-        cpu_relax();
+        if (i % YIELD_ROUNDS == YIELD_ROUNDS - 1)
+            sched_yield();
+        else
+            cpu_relax();
     }
     atomic_fetch_add(&gate->sleepers, 1);
     while (atomic_load(&gate->value) == old)

@@ -157,6 +157,12 @@ enum ee_status ee_cache_write(struct ee_ctx *ctx, struct ee_cache *cache, int32_
     return EE_OK;
 }
 
+void ee_cache_truncate(struct ee_cache *cache, int32_t sequence, int64_t length) {
+    int32_t *fill = cache->fill + (int64_t)sequence * cache->layers;
+    for (int32_t layer = 0; layer < cache->layers; layer++)
+        fill[layer] = (int32_t)ee_min(fill[layer], length);
+}
+
 void ee_cache_read(const struct ee_cache *cache, int32_t sequence, int32_t layer, float *k,
                    float *v) {
     struct ee_kv kv = ee_cache_layer(cache, layer);

@@ -50,6 +50,9 @@ EE_WARN_UNUSED enum ee_status ee_cache_write(struct ee_ctx *ctx, struct ee_cache
                                              const struct ee_tensor *v, const int32_t *sequence,
                                              const int32_t *position);
 
+/* Forgets the positions of a sequence from `length` on, in all layers. */
+void ee_cache_truncate(struct ee_cache *cache, int32_t sequence, int64_t length);
+
 /* Copies keys and values of one layer, [fill, K, D] each, for inspection. */
 void ee_cache_read(const struct ee_cache *cache, int32_t sequence, int32_t layer, float *k,
                    float *v);

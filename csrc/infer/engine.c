@@ -5,22 +5,6 @@
 
 #include <string.h>
 
-static enum ee_status allocate(struct ee_engine *engine, size_t sequences, size_t vocab) {
-    const char *what = "the decoding engine";
-    void *memory;
-    EE_TRY(ee_alloc(&memory, sequences * sizeof *engine->sequences, what));
-    engine->sequences = memory;
-    EE_TRY(ee_alloc(&memory, sequences * sizeof *engine->events, what));
-    engine->events = memory;
-    EE_TRY(ee_alloc(&memory, sequences * sizeof *engine->index, what));
-    engine->index = memory;
-    EE_TRY(ee_alloc(&memory, vocab * sizeof *engine->sample_weights, what));
-    engine->sample_weights = memory;
-    EE_TRY(ee_alloc(&memory, vocab * sizeof *engine->sample_order, what));
-    engine->sample_order = memory;
-    return EE_OK;
-}
-
 static enum ee_status build(struct ee_engine *engine, const struct ee_engine_options *options) {
     const struct ee_config *c = &engine->model->config;
     int64_t length = options->max_length ? options->max_length : c->max_positions;
@@ -29,10 +13,18 @@ static enum ee_status build(struct ee_engine *engine, const struct ee_engine_opt
                 "max_length must lie between 1 and the model's context of %d, got %lld",
                 c->max_positions, (long long)length);
     EE_TRY(ee_weights_create(&engine->weights, engine->model, options->dtype));
+    if (!options->empty)
+        EE_TRY(ee_weights_fill(engine->weights, engine->model));
     EE_TRY(ee_cache_create(&engine->cache, engine->weights->cache_layers, c->num_kv_heads,
                            c->head_dim, options->max_sequences, length, options->positions));
     engine->runner = ee_runner_init(engine->model, engine->weights, engine->cache);
-    return allocate(engine, (size_t)options->max_sequences, (size_t)c->vocab_size);
+    engine->events.exit_count = engine->weights->exit_count;
+    EE_TRY(ee_sampler_create(&engine->sampler, c->vocab_size));
+    void *memory;
+    EE_TRY(ee_alloc(&memory, (size_t)options->max_sequences * sizeof *engine->sequences,
+                    "the decoding engine"));
+    engine->sequences = memory;
+    return EE_OK;
 }
 
 enum ee_status ee_engine_create(struct ee_engine **out, const struct ee_model *model,
@@ -57,29 +49,58 @@ void ee_engine_destroy(struct ee_engine *engine) {
     for (int32_t i = 0; engine->sequences && i < engine->cache->max_sequences; i++)
         ee_sequence_destroy(engine->sequences[i]);
     ee_runner_free(&engine->runner);
+    ee_sampler_free(&engine->sampler);
+    ee_events_free(&engine->events);
     ee_free(engine->sequences);
-    ee_free(engine->events);
-    ee_free(engine->index);
-    ee_free(engine->sample_weights);
-    ee_free(engine->sample_order);
     ee_cache_destroy(engine->cache);
     ee_weights_destroy(engine->weights);
     ee_free(engine);
 }
 
+enum ee_status ee_engine_load(struct ee_engine *engine, int32_t row,
+                              const struct ee_tensor *source) {
+    if (engine->active > 0)
+        EE_FAIL(EE_ERR_BUSY,
+                "weights cannot change while %d sequences are in flight; finish or "
+                "remove them first",
+                engine->active);
+    return ee_weights_load(engine->weights, engine->model, row, source);
+}
+
+/* Rows of a sequence, those of prompts aside, that are in a step and that an exit looks at. */
+static int64_t held_rows(const struct ee_sequence *s) {
+    return s ? s->max_deferred + 1 : 0;
+}
+
+static int64_t looked_rows(const struct ee_sequence *s) {
+    if (!s)
+        return 0;
+    if (s->kind == EE_ENGINE_SCORE)
+        return EE_PROMPT_ROWS;
+    return s->full_depth || s->kind == EE_ENGINE_SPECULATIVE ? held_rows(s) : 1;
+}
+
 /* Memory for the largest step that the sequences in flight and `s` can come to. */
 static enum ee_status reserve(struct ee_engine *engine, const struct ee_sequence *s) {
-    int64_t rows = EE_PROMPT_ROWS + 1 + s->max_deferred;
-    for (int32_t i = 0; i < engine->cache->max_sequences; i++)
-        if (engine->sequences[i])
-            rows += 1 + engine->sequences[i]->max_deferred;
-    return ee_runner_reserve(&engine->runner, rows, engine->cache->max_sequences);
+    int64_t held = held_rows(s), looked = looked_rows(s);
+    for (int32_t i = 0; i < engine->cache->max_sequences; i++) {
+        held += held_rows(engine->sequences[i]);
+        looked += looked_rows(engine->sequences[i]);
+    }
+    looked = ee_min(looked, held + EE_PROMPT_ROWS);
+    /* A deferred row gives an event when it is looked at, the newest one two. */
+    EE_TRY(ee_events_reserve(&engine->events, looked + engine->cache->max_sequences));
+    return ee_runner_reserve(&engine->runner, EE_PROMPT_ROWS + held, ee_min(looked, EE_HEAD_ROWS));
 }
 
 enum ee_status ee_engine_add(struct ee_engine *engine, int32_t *sequence,
                              const struct ee_request *request) {
     struct ee_cache *cache = engine->cache;
     EE_TRY(ee_request_check(request, &engine->model->config, cache->max_length));
+    int32_t missing = ee_weights_missing(engine->weights);
+    if (missing >= 0)
+        EE_FAIL(EE_ERR_INVALID, "the engine has no weights for %s yet; load all parameters first",
+                engine->model->params->rows[missing].name);
     if (engine->next_id == INT32_MAX)
         EE_FAIL(EE_ERR_INTERNAL, "the engine has served all its sequence numbers; make a new one");
     struct ee_sequence *s = NULL;
@@ -114,16 +135,11 @@ static enum ee_status find(const struct ee_engine *engine, int32_t id, struct ee
             "no sequence %d is in flight: it is done, has been removed, or was never added", id);
 }
 
-/* Takes the number of an event out of the list that waits to be handed out. */
+/* Takes a sequence out of the events that wait to be handed out. */
 static bool drop_pending(struct ee_engine *engine, int32_t id) {
-    int64_t kept = 0, count = engine->pending ? engine->event_count : 0;
-    for (int64_t i = 0; i < count; i++)
-        if (engine->events[i].sequence != id)
-            engine->events[kept++] = engine->events[i];
-    if (kept == count)
+    if (!engine->pending || !ee_events_drop(&engine->events, id))
         return false;
-    engine->event_count = kept;
-    engine->pending = kept > 0;
+    engine->pending = engine->events.count > 0;
     return true;
 }
 
@@ -137,39 +153,98 @@ enum ee_status ee_engine_remove(struct ee_engine *engine, int32_t id) {
     return EE_OK;
 }
 
+enum ee_status ee_engine_finish(struct ee_engine *engine, int32_t id, int64_t *rows) {
+    struct ee_sequence *s = NULL;
+    *rows = 0;
+    enum ee_status status = find(engine, id, &s);
+    if (status != EE_OK || !s->full_depth || s->deferred == 0)
+        return ee_engine_remove(engine, id);
+    s->finishing = true;
+    *rows = s->deferred;
+    return EE_OK;
+}
+
+/* The newest row left a draft behind. */
+static void commit_draft(struct ee_sequence *s) {
+    s->tokens[s->count++] = s->step.event.token;
+    s->deferred++;
+}
+
+/* Says `done` on the last event of a sequence in this step. */
+static void mark_done(struct ee_engine *engine, const struct ee_sequence *s, int32_t done) {
+    int64_t i = engine->events.count - 1;
+    while (engine->events.event[i].sequence != s->id)
+        i--;
+    engine->events.event[i].done = done;
+}
+
+/* Takes over a new token. */
+static void commit_token(struct ee_engine *engine, struct ee_sequence *s) {
+    const struct ee_event *event = &s->step.event;
+    int32_t position = event->position;
+    if (s->step.told)
+        mark_done(engine, s, event->done);
+    else
+        (void)ee_events_add(&engine->events, event,
+                            ee_sequence_said(s, position - 1, engine->events.exit_count));
+    s->tokens[position] = ee_sequence_text(s, position, event->token);
+    s->count = position + 1;
+    s->deferred = s->step.left ? s->deferred + 1 : 0;
+    if (s->kind == EE_ENGINE_SPECULATIVE)
+        ee_cache_truncate(engine->cache, s->slot, position);
+}
+
 /* Takes over what the step made of a sequence; ends it where it is done. */
 static void commit(struct ee_engine *engine, struct ee_sequence *s) {
+    struct ee_event_list *events = &engine->events;
+    enum ee_done done = EE_NOT_DONE;
     s->read += s->step.prompt_rows;
-    if (!s->step.token_row)
-        return;
-    EE_ASSERT(s->step.decided);
-    s->deferred = s->step.left ? s->deferred + 1 : 0;
-    s->count++;
-    s->last = s->step.event.token;
-    engine->events[engine->event_count++] = s->step.event;
-    if (s->step.event.done)
+    engine->drafts += s->step.drafts;
+    engine->accepted += s->step.accepted;
+    if (s->kind == EE_ENGINE_SCORE && s->read == s->prompt_count - 1) {
+        done = EE_DONE_LENGTH;
+        events->event[s->step.first_event + s->step.prompt_rows - 1].done = (int32_t)done;
+    } else if (s->finishing) {
+        done = EE_DONE_FINISHED;
+        mark_done(engine, s, (int32_t)done);
+    } else if (s->step.token_row) {
+        EE_ASSERT(s->step.decided);
+        done = (enum ee_done)s->step.event.done;
+        if (s->kind == EE_ENGINE_SPECULATIVE && s->step.left)
+            commit_draft(s);
+        else
+            commit_token(engine, s);
+    }
+    if (done != EE_NOT_DONE)
         release(engine, s);
 }
 
-/* Ends the sequences whose logits were not finite. */
+/* Ends one sequence whose logits were not finite, and says so. */
 static enum ee_status end_failed(struct ee_engine *engine) {
-    enum ee_status status = EE_OK;
-    for (int32_t i = 0; i < engine->cache->max_sequences; i++) {
+    struct ee_sequence *failed = NULL;
+    bool more = false;
+    for (int32_t i = engine->cache->max_sequences; i-- > 0;) {
         struct ee_sequence *s = engine->sequences[i];
         if (!s || !s->step.failed)
             continue;
-        if (status == EE_OK)
-            status = ee_fail(EE_ERR_NONFINITE,
-                             "the logits of sequence %d at position %lld, exit %d, are not finite; "
-                             "the sequence has been ended: check the model's weights",
-                             s->id, (long long)s->count, s->step.event.exit);
-        release(engine, s);
+        more = failed != NULL;
+        failed = s;
     }
+    if (!failed)
+        return EE_OK;
+    enum ee_status status =
+        ee_fail(EE_ERR_NONFINITE,
+                "the logits of sequence %d at position %d, exit %d, are not finite; the sequence "
+                "has been ended: check the model's weights",
+                failed->id, failed->step.event.position, failed->step.event.exit);
+    (void)ee_events_drop(&engine->events, failed->id);
+    release(engine, failed);
+    engine->pending = more || engine->events.count > 0;
     return status;
 }
 
 static enum ee_status run(struct ee_engine *engine) {
-    engine->event_count = 0;
+    engine->events.count = 0;
     if (engine->active == 0)
         return EE_OK;
     EE_TRY(ee_step_run(engine));
@@ -177,26 +252,26 @@ static enum ee_status run(struct ee_engine *engine) {
     for (int32_t i = 0; i < engine->cache->max_sequences; i++)
         if (engine->sequences[i] && !engine->sequences[i]->step.failed)
             commit(engine, engine->sequences[i]);
-    enum ee_status status = end_failed(engine);
-    engine->pending = status != EE_OK && engine->event_count > 0;
-    return status;
+    return EE_OK;
 }
 
-enum ee_status ee_engine_step(struct ee_engine *engine, const struct ee_event **events,
-                              int64_t *count) {
-    *events = engine->events;
-    *count = 0;
+enum ee_status ee_engine_step(struct ee_engine *engine, struct ee_events *events) {
+    const struct ee_event_list *list = &engine->events;
+    *events = (struct ee_events){.exit_count = list->exit_count};
     if (!engine->pending)
         EE_TRY(run(engine));
+    EE_TRY(end_failed(engine));
     engine->pending = false;
-    *count = engine->event_count;
+    events->event = list->event;
+    events->exits = list->exits;
+    events->count = list->count;
     return EE_OK;
 }
 
 int32_t ee_engine_active(const struct ee_engine *engine) {
     int32_t active = engine->active;
-    for (int64_t i = 0; engine->pending && i < engine->event_count; i++)
-        active += engine->events[i].done != EE_NOT_DONE;
+    for (int64_t i = 0; engine->pending && i < engine->events.count; i++)
+        active += engine->events.event[i].done != EE_NOT_DONE;
     return active;
 }
 
@@ -206,6 +281,9 @@ struct ee_engine_stats ee_engine_stats(const struct ee_engine *engine) {
     return (struct ee_engine_stats){.steps = engine->steps,
                                     .half_layers = engine->runner.half_layers,
                                     .head_rows = engine->runner.head_rows,
+                                    .bytes_read = engine->runner.bytes_read,
+                                    .drafts = engine->drafts,
+                                    .accepted = engine->accepted,
                                     .weight_bytes = (int64_t)engine->weights->arena.capacity,
                                     .cache_bytes = 2 * cache->layers * cache->pages * page};
 }

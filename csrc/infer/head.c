@@ -15,7 +15,7 @@ enum ee_status ee_head_fill(struct ee_runner *r, int32_t exit) {
     struct ee_tensor k = ee_heads(r->qkv, n, c->num_kv_heads, D, width);
     struct ee_tensor v = ee_heads(r->qkv + width / 2, n, c->num_kv_heads, D, width);
     EE_TRY(ee_runner_norm(r, r->normed, rows->x, n, &w->norm1));
-    EE_TRY(ee_linear(r->model->ctx, &kv, &normed, &w->kv, ee_given(&w->kv_bias), NULL));
+    EE_TRY(ee_runner_linear(r, &kv, &normed, &w->kv, &w->kv_bias, NULL));
     EE_TRY(ee_runner_project(r, &k, &w->k_norm, rows->position));
     return ee_cache_write(r->model->ctx, r->cache, e->side, &k, &v, rows->sequence, rows->position);
 }
@@ -34,7 +34,7 @@ static enum ee_status run_block(struct ee_runner *r, const struct ee_exit_weight
     struct ee_kv kv = ee_cache_layer(r->cache, e->side);
     struct ee_attention_params attention = ee_model_attention(r->model, e->layer);
     EE_TRY(ee_runner_norm(r, r->normed, r->head_x, n, &w->norm1));
-    EE_TRY(ee_linear(ctx, &q_flat, &normed, &w->q, ee_given(&w->q_bias), NULL));
+    EE_TRY(ee_runner_linear(r, &q_flat, &normed, &w->q, &w->q_bias, NULL));
     EE_TRY(ee_runner_project(r, &q, &w->q_norm, r->head_position));
     EE_TRY(ee_attention_rows(ctx, &heads, &q, &kv, r->head_sequence, r->head_position, &attention));
     const float *mlp_in = r->normed;
@@ -42,7 +42,7 @@ static enum ee_status run_block(struct ee_runner *r, const struct ee_exit_weight
         EE_TRY(ee_runner_norm(r, r->normed2, r->head_x, n, &w->norm2));
         mlp_in = r->normed2;
     }
-    EE_TRY(ee_linear(ctx, &x, &flat, &w->o, ee_given(&w->o_bias), &x));
+    EE_TRY(ee_runner_linear(r, &x, &flat, &w->o, &w->o_bias, &x));
     if (!c->parallel_residual)
         EE_TRY(ee_runner_norm(r, r->normed, r->head_x, n, &w->norm2));
     return ee_runner_mlp(r, r->head_x, mlp_in, r->head_x, n, &w->mlp);
@@ -59,7 +59,7 @@ static enum ee_status run_branch(struct ee_runner *r, const struct ee_exit_weigh
     return ee_runner_mlp(r, r->head_x, r->normed, r->head_x, n, &e->mlp);
 }
 
-enum ee_status ee_head_run(struct ee_runner *r, int32_t exit, const int64_t *index, int64_t n) {
+enum ee_status ee_head_run(struct ee_runner *r, int32_t exit, const int32_t *index, int64_t n) {
     const struct ee_config *c = &r->model->config;
     const struct ee_exit_weights *e = &r->weights->exits[exit];
     EE_ASSERT(n <= r->head_capacity);
@@ -77,7 +77,7 @@ enum ee_status ee_head_run(struct ee_runner *r, int32_t exit, const int64_t *ind
         EE_TRY(ee_runner_norm(r, r->head_x, r->head_x, n, &e->norm));
     struct ee_tensor x = ee_matrix(r->head_x, n, C);
     struct ee_tensor logits = ee_matrix(r->logits, n, c->vocab_size);
-    EE_TRY(ee_linear(r->model->ctx, &logits, &x, &e->output, NULL, NULL));
+    EE_TRY(ee_runner_linear(r, &logits, &x, &e->output, NULL, NULL));
     if (c->logit_softcap > 0)
         EE_TRY(ee_softcap(r->model->ctx, &logits, c->logit_softcap));
     struct ee_tensor confidence = ee_vector(r->confidence, n), lse = ee_vector(r->lse, n);

@@ -10,11 +10,11 @@ EE_EXTERN_C_BEGIN
  * depth of the exit; nothing where it has no block. */
 EE_WARN_UNUSED enum ee_status ee_head_fill(struct ee_runner *runner, int32_t exit);
 
-/* The head of exit `exit` on n rows of the batch, `index` tells which: runner->logits[n, V] (after
- * the model's softcap), head_token[n] (the largest logit), confidence[n], lse[n]. The batch stays
- * as it is. */
+/* The head of exit `exit` on n <= runner->head_capacity rows of the batch, `index` tells which:
+ * runner->logits[n, V] (after the model's softcap), head_token[n] (the largest logit),
+ * confidence[n], lse[n]. The batch stays as it is. */
 EE_WARN_UNUSED enum ee_status ee_head_run(struct ee_runner *runner, int32_t exit,
-                                          const int64_t *index, int64_t n);
+                                          const int32_t *index, int64_t n);
 
 EE_EXTERN_C_END
 

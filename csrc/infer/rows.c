@@ -37,8 +37,10 @@ static enum ee_status lay_out(struct ee_runner *r) {
         int32_t **out;
         int64_t rows;
     } integers[] = {
-        {&r->rows.sequence, rows},   {&r->rows.position, rows},      {&r->rows.token, rows},
-        {&r->head_token, head_rows}, {&r->head_sequence, head_rows}, {&r->head_position, head_rows},
+        {&r->rows.sequence, rows},      {&r->rows.position, rows},
+        {&r->rows.token, rows},         {&r->looked, rows},
+        {&r->head_token, head_rows},    {&r->head_sequence, head_rows},
+        {&r->head_position, head_rows},
     };
     for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++) {
         EE_TRY(ee_arena_take(&r->arena, &memory, integers[i].rows, sizeof(int32_t)));
@@ -119,6 +121,14 @@ enum ee_status ee_rows_embed(struct ee_runner *r) {
 
 /* -- Parts of a layer -- */
 
+enum ee_status ee_runner_linear(struct ee_runner *r, const struct ee_tensor *y,
+                                const struct ee_tensor *x, const struct ee_weight *w,
+                                const struct ee_tensor *bias, const struct ee_tensor *residual) {
+    if (x->shape[0] > 0)
+        r->bytes_read += (int64_t)ee_weight_bytes(w->dtype, w->layout, w->rows, w->cols);
+    return ee_linear(r->model->ctx, y, x, w, bias ? ee_given(bias) : NULL, residual);
+}
+
 enum ee_status ee_runner_norm(struct ee_runner *r, float *y, const float *x, int64_t n,
                               const struct ee_norm_weights *norm) {
     int64_t C = r->model->config.hidden_size;
@@ -141,15 +151,14 @@ enum ee_status ee_runner_project(struct ee_runner *r, const struct ee_tensor *he
 enum ee_status ee_runner_mlp(struct ee_runner *r, float *out, const float *normed,
                              const float *residual, int64_t n, const struct ee_mlp_weights *mlp) {
     const struct ee_config *c = &r->model->config;
-    struct ee_ctx *ctx = r->model->ctx;
     struct ee_tensor x = ee_matrix(normed, n, c->hidden_size);
     struct ee_tensor up = ee_matrix(r->up, n, mlp->up.rows);
     struct ee_tensor inner = ee_matrix(r->inner, n, c->intermediate_size);
     struct ee_tensor y = ee_matrix(out, n, c->hidden_size);
     struct ee_tensor base = ee_matrix(residual, n, c->hidden_size);
-    EE_TRY(ee_linear(ctx, &up, &x, &mlp->up, ee_given(&mlp->up_bias), NULL));
-    EE_TRY(ee_activation(ctx, &inner, &up, c->activation, c->gated));
-    return ee_linear(ctx, &y, &inner, &mlp->down, ee_given(&mlp->down_bias), &base);
+    EE_TRY(ee_runner_linear(r, &up, &x, &mlp->up, &mlp->up_bias, NULL));
+    EE_TRY(ee_activation(r->model->ctx, &inner, &up, c->activation, c->gated));
+    return ee_runner_linear(r, &y, &inner, &mlp->down, &mlp->down_bias, &base);
 }
 
 /* -- A layer -- */
@@ -185,7 +194,7 @@ static enum ee_status project_layer(struct ee_runner *r, int32_t layer) {
     struct ee_tensor k = ee_heads(k_data, n, c->num_kv_heads, D, joined);
     struct ee_tensor v = ee_heads(v_data, n, c->num_kv_heads, D, joined);
     EE_TRY(ee_runner_norm(r, r->normed, rows->x, n, &w->norm1));
-    EE_TRY(ee_linear(r->model->ctx, &qkv, &normed, &w->qkv, ee_given(&w->qkv_bias), NULL));
+    EE_TRY(ee_runner_linear(r, &qkv, &normed, &w->qkv, &w->qkv_bias, NULL));
     EE_TRY(ee_runner_project(r, &q, &w->q_norm, rows->position));
     EE_TRY(ee_runner_project(r, &k, &w->k_norm, rows->position));
     return ee_cache_write(r->model->ctx, r->cache, layer, &k, &v, rows->sequence, rows->position);
@@ -213,7 +222,7 @@ static enum ee_status attention_half(struct ee_runner *r, int32_t layer) {
     struct ee_attention_params attention = ee_model_attention(r->model, layer);
     EE_TRY(ee_attention_rows(r->model->ctx, &heads, &q, &kv, rows->sequence, rows->position,
                              &attention));
-    return ee_linear(r->model->ctx, &x, &flat, &w->o, ee_given(&w->o_bias), &x);
+    return ee_runner_linear(r, &x, &flat, &w->o, &w->o_bias, &x);
 }
 
 static enum ee_status mlp_half(struct ee_runner *r, int32_t layer) {

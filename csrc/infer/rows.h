@@ -11,7 +11,8 @@ EE_EXTERN_C_BEGIN
 
 enum ee_row_kind {
     EE_ROW_FILL,  /* only fills keys and values: nobody reads its hidden state at the end */
-    EE_ROW_TOKEN, /* the exits look at it */
+    EE_ROW_TOKEN, /* every exit may look at it */
+    EE_ROW_FINAL, /* the final exit alone looks at it */
 };
 
 /* Arrays of `capacity`; the first `count` are in use, in any order. */
@@ -37,6 +38,7 @@ struct ee_runner {
     float *heads;            /* [capacity, H D] */
     float *up, *inner;       /* [capacity, F or 2F], [capacity, F] */
     /* The rows that an exit looks at, see head.h. */
+    int32_t *looked; /* [capacity] */
     int64_t head_capacity;
     float *head_x, *logits; /* [head_capacity, C], [.., V] */
     float *confidence, *lse;
@@ -44,8 +46,9 @@ struct ee_runner {
     /* Half layers after which a row has written all its keys and values: 2 L - 1, or 2 L where an
      * exit after the last layer has a block. */
     int32_t fill_depth;
-    /* Work done so far: half layers of rows, and rows through an output matrix. */
-    int64_t half_layers, head_rows;
+    /* Work done so far: half layers of rows, rows through an output matrix, and bytes of packed
+     * matrices, counted once a product. */
+    int64_t half_layers, head_rows, bytes_read;
 };
 
 /* A runner of a model, without memory for rows yet. */
@@ -71,6 +74,12 @@ EE_WARN_UNUSED enum ee_status ee_rows_embed(struct ee_runner *runner);
 /* Moves all rows of the batch on to `depth`, writing keys and values. In the last layer, rows of
  * kind EE_ROW_FILL end (and leave the batch) as soon as these are written. */
 EE_WARN_UNUSED enum ee_status ee_rows_run(struct ee_runner *runner, int32_t depth);
+
+/* ee_linear by a packed weight, counted in bytes_read. */
+EE_WARN_UNUSED enum ee_status ee_runner_linear(struct ee_runner *runner, const struct ee_tensor *y,
+                                               const struct ee_tensor *x, const struct ee_weight *w,
+                                               const struct ee_tensor *bias,
+                                               const struct ee_tensor *residual);
 
 /* The parts of a layer that heads use too, on n rows. `project` makes queries or keys [n, .., D]
  * ready for attention: the norm of each head where there is one, then the rotation. */

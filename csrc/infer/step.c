@@ -1,9 +1,36 @@
 #include "infer/step.h"
 
-#include <math.h>
 #include <string.h>
 
-/* The rows that start at depth 0: what fits of prompts, and the newest token of each sequence. */
+/* What becomes of a deferred row that joins a row from above. */
+static enum ee_row_kind joined_kind(const struct ee_sequence *s) {
+    return s->full_depth || s->kind == EE_ENGINE_SPECULATIVE ? EE_ROW_FINAL : EE_ROW_FILL;
+}
+
+static void add_token(struct ee_rows *rows, const struct ee_sequence *s, int64_t position,
+                      enum ee_row_kind kind) {
+    rows->token[ee_rows_add(rows, s->slot, (int32_t)position, kind)] = s->tokens[position];
+}
+
+/* The next `n` rows of a prompt, or of a text that is scored: these have an event each. */
+static void start_prompt(struct ee_engine *engine, struct ee_sequence *s, int64_t n) {
+    bool score = s->kind == EE_ENGINE_SCORE;
+    s->step.prompt_rows = n;
+    s->step.first_event = engine->events.count;
+    for (int64_t p = s->read; p < s->read + n; p++) {
+        add_token(&engine->runner.rows, s, p, score ? EE_ROW_TOKEN : EE_ROW_FILL);
+        const struct ee_event event = {.sequence = s->id,
+                                       .kind = EE_EVENT_SCORE,
+                                       .position = (int32_t)p + 1,
+                                       .token = s->tokens[p + (score ? 1 : 0)],
+                                       .exit = engine->weights->exit_count - 1};
+        if (score)
+            (void)ee_events_add(&engine->events, &event, NULL);
+    }
+}
+
+/* The rows that start at depth 0: what fits of prompts, the newest token of each sequence, and
+ * deferred rows where these are fed again. */
 static void start_rows(struct ee_engine *engine) {
     struct ee_rows *rows = &engine->runner.rows;
     rows->count = rows->depth = 0;
@@ -14,25 +41,18 @@ static void start_rows(struct ee_engine *engine) {
             continue;
         memset(&s->step, 0, sizeof s->step);
         int64_t n = ee_min(s->prompt_count - 1 - s->read, budget);
-        for (int64_t p = s->read; p < s->read + n; p++)
-            rows->token[ee_rows_add(rows, slot, (int32_t)p, EE_ROW_FILL)] = s->prompt[p];
+        start_prompt(engine, s, n);
         budget -= n;
-        s->step.prompt_rows = n;
-        s->step.token_row = s->read + n == s->prompt_count - 1;
-        if (s->step.token_row)
-            rows->token[ee_rows_add(rows, slot, (int32_t)s->count - 1, EE_ROW_TOKEN)] = s->last;
+        s->step.token_row =
+            s->kind != EE_ENGINE_SCORE && !s->finishing && s->read + n == s->prompt_count - 1;
+        for (int32_t i = 0; s->kind == EE_ENGINE_RECOMPUTE && i < s->deferred; i++)
+            add_token(rows, s, ee_sequence_first(s) + i, joined_kind(s));
+        if (s->step.token_row) {
+            add_token(rows, s, s->count - 1, EE_ROW_TOKEN);
+            ee_exits_clear(ee_sequence_said(s, (int32_t)s->count - 1, engine->events.exit_count),
+                           engine->events.exit_count);
+        }
     }
-}
-
-/* Position of the oldest deferred row, or of the newest row where none is deferred: rows from there
- * on stay and leave together. */
-static int32_t first_deferred(const struct ee_sequence *s) {
-    return (int32_t)s->count - 1 - s->deferred;
-}
-
-/* Nothing more of this sequence needs to run: it fails, or its last token is chosen. */
-static bool ended(const struct ee_sequence *s) {
-    return s->step.failed || (s->step.decided && s->step.event.done != EE_NOT_DONE);
 }
 
 /* Deferred rows that stand at this depth join the row that came from above. */
@@ -41,12 +61,13 @@ static void join_deferred(struct ee_engine *engine) {
     size_t C = (size_t)engine->model->config.hidden_size;
     for (int32_t slot = 0; slot < engine->cache->max_sequences; slot++) {
         struct ee_sequence *s = engine->sequences[slot];
-        if (!s || !s->step.token_row || s->step.left || ended(s))
+        if (!s || s->kind == EE_ENGINE_RECOMPUTE || s->step.left || ee_step_ended(s) ||
+            !(s->step.token_row || s->finishing))
             continue;
         for (int32_t i = 0; i < s->deferred; i++) {
             if (s->depth[i] != rows->depth)
                 continue;
-            int64_t row = ee_rows_add(rows, slot, first_deferred(s) + i, EE_ROW_FILL);
+            int64_t row = ee_rows_add(rows, slot, ee_sequence_first(s) + i, joined_kind(s));
             memcpy(rows->x + (size_t)row * C, s->hidden + (size_t)i * C, C * sizeof(float));
         }
     }
@@ -61,62 +82,15 @@ static void leave(struct ee_engine *engine) {
     bool filled = rows->depth >= engine->runner.fill_depth;
     for (int64_t i = rows->count; i-- > 0;) {
         struct ee_sequence *s = engine->sequences[rows->sequence[i]];
-        int32_t place = rows->position[i] - first_deferred(s);
-        if (ended(s) || (filled && rows->kind[i] == EE_ROW_FILL)) {
-            ee_rows_remove(rows, i, C);
-        } else if (s->step.left && place >= 0) {
+        int32_t place = rows->position[i] - ee_sequence_first(s);
+        bool stays = s->step.left && place >= 0;
+        if (stays && s->hidden) {
             memcpy(s->hidden + (int64_t)place * C, rows->x + i * C, (size_t)C * sizeof(float));
             s->depth[place] = rows->depth;
+        }
+        if (stays || ee_step_ended(s) || (filled && rows->kind[i] == EE_ROW_FILL))
             ee_rows_remove(rows, i, C);
-        }
     }
-}
-
-/* Row `row` of the batch leaves at `exit`, where it stands at place `head`. */
-static void decide(struct ee_engine *engine, struct ee_sequence *s, int32_t exit, int64_t row,
-                   int64_t head) {
-    struct ee_runner *r = &engine->runner;
-    int32_t V = engine->model->config.vocab_size;
-    const float *logits = r->logits + head * V;
-    int32_t token = r->head_token[head];
-    if (s->sampling.temperature > 0)
-        token = ee_sample(&s->sampling, s->count, logits, V, engine->sample_weights,
-                          engine->sample_order);
-    s->step.decided = true;
-    s->step.event = (struct ee_event){.sequence = s->id,
-                                      .token = token,
-                                      .exit = exit,
-                                      .confidence = r->confidence[head],
-                                      .logprob = logits[token] - r->lse[head],
-                                      .done = (int32_t)ee_sequence_done(s, token)};
-    /* Where all keys and values are written there is nothing to defer; at the cap the row runs on,
-     * to fill them. */
-    if (r->rows.depth < r->fill_depth && s->deferred < s->max_deferred)
-        s->step.left = true;
-    else
-        r->rows.kind[row] = EE_ROW_FILL;
-}
-
-static enum ee_status test_exit(struct ee_engine *engine, int32_t exit) {
-    struct ee_runner *r = &engine->runner;
-    bool final = exit == engine->weights->exit_count - 1;
-    int64_t n = 0;
-    for (int64_t i = 0; i < r->rows.count; i++) {
-        const struct ee_sequence *s = engine->sequences[r->rows.sequence[i]];
-        if (r->rows.kind[i] == EE_ROW_TOKEN && (final || s->thresholds[exit] < 1.0f))
-            engine->index[n++] = i;
-    }
-    EE_TRY(ee_head_run(r, exit, engine->index, n));
-    for (int64_t i = 0; i < n; i++) {
-        struct ee_sequence *s = engine->sequences[r->head_sequence[i]];
-        if (!isfinite(r->confidence[i])) {
-            s->step.failed = true;
-            s->step.event.exit = exit;
-        } else if (final || r->confidence[i] >= s->thresholds[exit]) {
-            decide(engine, s, exit, engine->index[i], i);
-        }
-    }
-    return EE_OK;
 }
 
 enum ee_status ee_step_run(struct ee_engine *engine) {
@@ -126,7 +100,7 @@ enum ee_status ee_step_run(struct ee_engine *engine) {
     for (int32_t e = 0; e < engine->weights->exit_count; e++) {
         EE_TRY(ee_rows_run(r, engine->weights->exits[e].depth));
         EE_TRY(ee_head_fill(r, e));
-        EE_TRY(test_exit(engine, e));
+        EE_TRY(ee_decide(engine, e));
         leave(engine);
         join_deferred(engine);
     }

@@ -1,7 +1,10 @@
 /* The weights of a model in the form in which decoding takes them: every matrix packed in column
  * panels, as float32 or bf16, query, key and value joined into one matrix, gate and up likewise;
  * norms, biases and positions as float32. A copy of its own: what happens to the model's parameters
- * later changes nothing here. */
+ * later changes nothing here.
+ *
+ * They are laid out first, every row of the parameter table with one place, then loaded row by row
+ * from anywhere: so a model is read from files without its float32 parameters in memory. */
 #ifndef EE_WEIGHTS_H
 #define EE_WEIGHTS_H
 
@@ -43,6 +46,14 @@ struct ee_exit_weights {
     struct ee_weight output;
 };
 
+/* Where a row of the parameter table goes: output features of a matrix, or a float32 tensor. */
+struct ee_weight_place {
+    bool taken, loaded;
+    struct ee_weight matrix; /* data NULL: the tensor */
+    int64_t first_row;
+    struct ee_tensor tensor;
+};
+
 struct ee_weights {
     struct ee_arena arena;
     enum ee_dtype dtype;
@@ -52,12 +63,28 @@ struct ee_weights {
     int32_t cache_layers; /* layers and side layers */
     struct ee_block_weights *layers;
     struct ee_exit_weights *exits;
+    int32_t place_count;
+    struct ee_weight_place *places; /* by row of the parameter table */
 };
 
-/* dtype: EE_F32 or EE_BF16. */
+/* Allocates and lays out; nothing is loaded yet. dtype: EE_F32 or EE_BF16. */
 EE_WARN_UNUSED enum ee_status ee_weights_create(struct ee_weights **out,
                                                 const struct ee_model *model, enum ee_dtype dtype);
 void ee_weights_destroy(struct ee_weights *weights);
+
+/* Converts and packs one parameter, the row `row` of the model's table: float32, float16 or bf16 of
+ * its shape, contiguous, or a matrix with contiguous columns as ee_weight_pack takes it. On all
+ * threads of the model. */
+EE_WARN_UNUSED enum ee_status ee_weights_load(struct ee_weights *weights,
+                                              const struct ee_model *model, int32_t row,
+                                              const struct ee_tensor *source);
+
+/* Loads every row from the model's own parameters. */
+EE_WARN_UNUSED enum ee_status ee_weights_fill(struct ee_weights *weights,
+                                              const struct ee_model *model);
+
+/* The first row of the table that is not loaded yet, -1 if there is none. */
+int32_t ee_weights_missing(const struct ee_weights *weights);
 
 /* The tensor, or NULL where it is not there: an optional argument of an operation. */
 static inline const struct ee_tensor *ee_given(const struct ee_tensor *tensor) {

@@ -81,6 +81,7 @@ static enum ee_status lay_out(struct ee_chunk *chunk) {
 enum ee_status ee_chunk_create(struct ee_chunk **out, const struct ee_model *model, int64_t rows,
                                int32_t slots, enum ee_recompute recompute) {
     *out = NULL;
+    EE_TRY(ee_model_require_weights(model));
     void *memory;
     EE_TRY(ee_alloc(&memory, sizeof(struct ee_chunk), "a chunk"));
     struct ee_chunk *chunk = memory;

@@ -39,7 +39,7 @@ static enum ee_status copy_config(struct ee_model *model, const struct ee_config
 }
 
 enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *config,
-                               enum ee_isa isa, int threads) {
+                               enum ee_isa isa, int threads, bool with_weights) {
     *out = NULL;
     EE_TRY(ee_config_check(config));
     void *memory;
@@ -48,10 +48,11 @@ enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *co
     enum ee_status status;
     EE_GOTO(status, copy_config(model, config), fail);
     EE_GOTO(status, ee_params_create(&model->params, &model->config), fail);
-    EE_GOTO(status,
-            ee_alloc(&memory, (size_t)model->params->elements * sizeof(float), "the parameters"),
-            fail);
-    model->weights = memory;
+    if (with_weights) {
+        size_t bytes = (size_t)model->params->elements * sizeof(float);
+        EE_GOTO(status, ee_alloc(&memory, bytes, "the parameters"), fail);
+        model->weights = memory;
+    }
     EE_GOTO(status, ee_ctx_create(&model->ctx, isa, threads), fail);
     *out = model;
     return EE_OK;
@@ -74,6 +75,14 @@ void ee_model_destroy(struct ee_model *model) {
     } freq = {model->config.rope_freq};
     ee_free(freq.out);
     ee_free(model);
+}
+
+enum ee_status ee_model_require_weights(const struct ee_model *model) {
+    if (!model->weights)
+        EE_FAIL(EE_ERR_INVALID,
+                "the model has no weights in memory (it was made with weights=False, for an engine "
+                "that loads its own); make it with weights=True");
+    return EE_OK;
 }
 
 struct ee_rope ee_model_rope(const struct ee_model *model) {

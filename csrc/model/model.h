@@ -12,15 +12,20 @@ struct ee_model {
     struct ee_config config; /* rope_freq points to memory that the model owns */
     struct ee_params *params;
     struct ee_ctx *ctx;
-    float *weights; /* the parameter arena, zero until it is filled */
+    float *weights; /* the parameter arena, zero until it is filled; NULL without weights */
     /* Cosines and sines of all positions, [max_positions, rope_dims / 2]; NULL without RoPE. */
     float *rope_cos, *rope_sin;
 };
 
-/* Checks and copies `config` and allocates everything; threads 0: all that the process may use. */
+/* Checks and copies `config` and allocates everything; threads 0: all that the process may use.
+ * Without weights there are the table and the threads but no parameter arena, for decoding with
+ * weights that are read straight into their packed form. */
 EE_WARN_UNUSED enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *config,
-                                              enum ee_isa isa, int threads);
+                                              enum ee_isa isa, int threads, bool with_weights);
 void ee_model_destroy(struct ee_model *model);
+
+/* EE_ERR_INVALID where the model was made without weights. */
+EE_WARN_UNUSED enum ee_status ee_model_require_weights(const struct ee_model *model);
 
 /* The tables as ee_rotate takes them. */
 struct ee_rope ee_model_rope(const struct ee_model *model);

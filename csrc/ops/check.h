@@ -13,10 +13,10 @@ EE_EXTERN_C_BEGIN
 /* A dimension that the tensor itself defines: any size, at least 1 but for the rows. */
 #define EE_ANY (-1)
 
-/* True when `tensor` is float32 of this shape, with contiguous last dimension, and rows that do not
- * overlap one another. */
-static inline bool ee_tensor_fits(const struct ee_tensor *tensor, int ndim, const int64_t *shape) {
-    if (!tensor || tensor->dtype != EE_F32 || tensor->ndim != ndim)
+/* True when `tensor` has this shape, with contiguous last dimension, and rows that do not overlap
+ * one another. */
+static inline bool ee_layout_fits(const struct ee_tensor *tensor, int ndim, const int64_t *shape) {
+    if (!tensor || tensor->ndim != ndim)
         return false;
     int64_t extent = 1; /* elements from the first to the last of one index of dimension i */
     bool empty = false;
@@ -32,6 +32,11 @@ static inline bool ee_tensor_fits(const struct ee_tensor *tensor, int ndim, cons
         empty |= n == 0;
     }
     return empty || tensor->data;
+}
+
+/* The same for float32. */
+static inline bool ee_tensor_fits(const struct ee_tensor *tensor, int ndim, const int64_t *shape) {
+    return tensor && tensor->dtype == EE_F32 && ee_layout_fits(tensor, ndim, shape);
 }
 
 /* True when every index lies between `first` and `last`, both included. */

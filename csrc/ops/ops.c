@@ -73,14 +73,47 @@ enum ee_status ee_linear_backward_weight(struct ee_ctx *ctx, const struct ee_ten
     return ctx->ops->linear_backward_weight(ctx, acc_dw, acc_db, dy, x);
 }
 
+/* Sets `out` to `rows` with a stride of 1 along rows or along columns. */
+static enum ee_status check_source(struct ee_tensor *out, const struct ee_tensor *rows,
+                                   int64_t cols) {
+    const char *op = "weight_pack";
+    if (!rows || rows->ndim != 2 || rows->shape[1] != cols || rows->shape[0] < 0)
+        return ee_fail_tensor(op, "rows", rows, "N, K", 2, (const int64_t[]){EE_ANY, cols});
+    if (rows->dtype != EE_F32 && rows->dtype != EE_F16 && rows->dtype != EE_BF16)
+        EE_FAIL(EE_ERR_INVALID, "%s: rows must be float32, float16 or bfloat16, got %s", op,
+                ee_dtype_name(rows->dtype));
+    *out = *rows;
+    if (ee_layout_fits(rows, 2, rows->shape)) {
+        out->stride[1] = 1;
+        return EE_OK;
+    }
+    struct ee_tensor across = *rows;
+    for (int i = 0; i < 2; i++) {
+        across.shape[i] = rows->shape[1 - i];
+        across.stride[i] = rows->stride[1 - i];
+    }
+    out->stride[0] = 1;
+    if (ee_layout_fits(&across, 2, across.shape))
+        return EE_OK;
+    EE_FAIL(EE_ERR_INVALID,
+            "%s: rows must have data, contiguous rows or columns, and none that overlap, got "
+            "strides of %lld and %lld",
+            op, (long long)rows->stride[0], (long long)rows->stride[1]);
+}
+
 enum ee_status ee_weight_pack(struct ee_ctx *ctx, const struct ee_weight *w,
-                              const struct ee_tensor *rows) {
+                              const struct ee_tensor *rows, int64_t first_row) {
     CHECK_WEIGHT(w, true);
     EE_CHECK(w->layout == EE_LAYOUT_PANELS, "w must have the layout panels, got %s", "plain rows");
-    EE_CHECK_TENSOR(rows, "M, K", w->rows, w->cols);
-    EE_CHECK_FLAT(rows);
+    struct ee_tensor source;
+    EE_TRY(check_source(&source, rows, w->cols));
+    EE_CHECK(first_row >= 0 && first_row <= w->rows && rows->shape[0] <= w->rows - first_row,
+             "rows must lie within the %lld of w, got %lld from %lld on", (long long)w->rows,
+             (long long)rows->shape[0], (long long)first_row);
     EE_CHECK(w->data != rows->data, "%s and %s must not be the same memory", "w", "rows");
-    return ctx->ops->weight_pack(ctx, w, rows);
+    if (rows->shape[0] == 0)
+        return EE_OK;
+    return ctx->ops->weight_pack(ctx, w, &source, first_row);
 }
 
 /* -- Norms -- */

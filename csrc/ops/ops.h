@@ -67,10 +67,13 @@ EE_WARN_UNUSED enum ee_status ee_linear_backward_weight(struct ee_ctx *ctx,
                                                         const struct ee_tensor *dy,
                                                         const struct ee_tensor *x);
 
-/* Packs rows[M, K] (float32, contiguous) into w (layout panels, float32 or bf16 rounded to nearest
- * even), whose data has ee_weight_bytes() bytes. */
+/* Packs rows[N, K] into the output features [first_row, first_row + N) of w, whose layout is panels
+ * and whose data has ee_weight_bytes() bytes; the others keep their values. The last output
+ * features bring the zeros that fill the last panel. Rows: float32, float16 or bfloat16, with
+ * contiguous rows or, for a matrix that is stored [in, out], contiguous columns (strides 1, ld).
+ * Rounded to nearest even where w is narrower, else exact; NaN stays NaN. */
 EE_WARN_UNUSED enum ee_status ee_weight_pack(struct ee_ctx *ctx, const struct ee_weight *w,
-                                             const struct ee_tensor *rows);
+                                             const struct ee_tensor *rows, int64_t first_row);
 
 /* -- Norms ------------------------------------------------------------------------------------ */
 

@@ -29,8 +29,10 @@ PyObject *raise_status(struct module_state *state, enum ee_status status) {
     case EE_ERR_COMM:
         type = state->comm_error;
         break;
-    case EE_OK:
     case EE_ERR_BUSY:
+        type = state->busy_error;
+        break;
+    case EE_OK:
     case EE_ERR_INTERNAL:
         break;
     }
@@ -152,7 +154,8 @@ static int exec_module(PyObject *module) {
     struct module_state *state = module_state(module);
     if (add_exception(module, &state->error, "eellm.Error", PyExc_RuntimeError) < 0 ||
         add_exception(module, &state->nonfinite_error, "eellm.NonFiniteError", state->error) < 0 ||
-        add_exception(module, &state->comm_error, "eellm.CommError", state->error) < 0)
+        add_exception(module, &state->comm_error, "eellm.CommError", state->error) < 0 ||
+        add_exception(module, &state->busy_error, "eellm.BusyError", state->error) < 0)
         return -1;
     if (import_numpy() < 0)
         return -1;
@@ -174,6 +177,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->error);
     Py_VISIT(state->nonfinite_error);
     Py_VISIT(state->comm_error);
+    Py_VISIT(state->busy_error);
     Py_VISIT(state->tensor_type);
     Py_VISIT(state->model_type);
     Py_VISIT(state->trainer_type);
@@ -186,6 +190,7 @@ static int clear(PyObject *module) {
     Py_CLEAR(state->error);
     Py_CLEAR(state->nonfinite_error);
     Py_CLEAR(state->comm_error);
+    Py_CLEAR(state->busy_error);
     Py_CLEAR(state->tensor_type);
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->trainer_type);

@@ -12,7 +12,8 @@ static const struct {
 } types[] = {
     [ARRAY_F32] = {NPY_FLOAT32, "float32"}, [ARRAY_I32] = {NPY_INT32, "int32"},
     [ARRAY_U64] = {NPY_UINT64, "uint64"},   [ARRAY_U8] = {NPY_BOOL, "bool"},
-    [ARRAY_F64] = {NPY_FLOAT64, "float64"},
+    [ARRAY_F64] = {NPY_FLOAT64, "float64"}, [ARRAY_F16] = {NPY_FLOAT16, "float16"},
+    [ARRAY_U16] = {NPY_UINT16, "uint16"},
 };
 
 int import_numpy(void) {
@@ -26,8 +27,25 @@ static bool has_type(PyArrayObject *array, enum array_type type) {
            PyArray_ISNOTSWAPPED(array);
 }
 
+/* The strides of a matrix in elements; its rows or its columns are contiguous. */
+static bool take_strides(PyArrayObject *array, const char *name, Py_ssize_t *stride) {
+    Py_ssize_t size = (Py_ssize_t)PyArray_ITEMSIZE(array);
+    bool any = false, whole = true;
+    for (int i = 0; i < PyArray_NDIM(array); i++) {
+        Py_ssize_t bytes = (Py_ssize_t)PyArray_STRIDE(array, i);
+        stride[i] = bytes / size;
+        any |= bytes == size || PyArray_DIM(array, i) == 1;
+        whole &= bytes % size == 0;
+    }
+    if (!any || !whole)
+        PyErr_Format(PyExc_ValueError,
+                     "%s must have contiguous rows or columns; use np.ascontiguousarray", name);
+    return any && whole;
+}
+
+/* stride NULL: the array must be contiguous. */
 static bool take(PyObject *object, const char *name, enum array_type type, int ndim,
-                 Py_ssize_t *shape, void **data) {
+                 Py_ssize_t *shape, Py_ssize_t *stride, void **data) {
     if (!PyArray_Check(object)) {
         PyObject *got = PyType_GetName(Py_TYPE(object));
         PyErr_Format(PyExc_TypeError,
@@ -47,7 +65,9 @@ static bool take(PyObject *object, const char *name, enum array_type type, int n
                      ndim, PyArray_NDIM(array));
         return false;
     }
-    if (!PyArray_IS_C_CONTIGUOUS(array)) {
+    if (stride && !take_strides(array, name, stride))
+        return false;
+    if (!stride && !PyArray_IS_C_CONTIGUOUS(array)) {
         PyErr_Format(PyExc_ValueError, "%s must be contiguous; use np.ascontiguousarray", name);
         return false;
     }
@@ -70,12 +90,21 @@ static bool take(PyObject *object, const char *name, enum array_type type, int n
 
 bool array_in(PyObject *object, const char *name, enum array_type type, int ndim, Py_ssize_t *shape,
               void **data) {
-    return take(object, name, type, ndim, shape, data);
+    return take(object, name, type, ndim, shape, NULL, data);
+}
+
+bool array_strided_in(PyObject *object, const char *name, enum array_type type, int ndim,
+                      Py_ssize_t *shape, Py_ssize_t *stride, void **data) {
+    return take(object, name, type, ndim, shape, stride, data);
+}
+
+bool array_is(PyObject *object, enum array_type type) {
+    return PyArray_Check(object) && has_type((PyArrayObject *)object, type);
 }
 
 bool array_out(PyObject *object, const char *name, enum array_type type, int ndim,
                Py_ssize_t *shape, void **data) {
-    if (!take(object, name, type, ndim, shape, data))
+    if (!take(object, name, type, ndim, shape, NULL, data))
         return false;
     if (!PyArray_ISWRITEABLE((PyArrayObject *)object)) {
         PyErr_Format(PyExc_ValueError, "%s must be writable; use .copy()", name);

@@ -11,7 +11,8 @@ struct engine_object {
     PyObject *event_dtype;
 };
 
-static const char *const engine_names[] = {"full", "deferred", NULL};
+/* In the order of enum ee_engine_kind. */
+static const char *const engine_names[] = {"full", "deferred", "recompute", "speculative", NULL};
 
 static struct engine_object *self_of(PyObject *object) {
     return (struct engine_object *)object;
@@ -20,22 +21,27 @@ static struct engine_object *self_of(PyObject *object) {
 /* Index of `name` in a list that NULL ends; raises ValueError naming `what` when it is not there.
  */
 static int name_index(const char *what, const char *name, const char *const *names) {
-    for (int i = 0; names[i]; i++)
+    char list[128] = "";
+    for (int i = 0; names[i]; i++) {
         if (strcmp(name, names[i]) == 0)
             return i;
-    PyErr_Format(PyExc_ValueError, "unknown %s '%s' (expected '%s' or '%s')", what, name, names[0],
-                 names[1]);
+        size_t used = strlen(list);
+        PyOS_snprintf(list + used, sizeof list - used, "%s'%s'", i ? ", " : "", names[i]);
+    }
+    PyErr_Format(PyExc_ValueError, "unknown %s '%s' (expected one of %s)", what, name, list);
     return -1;
 }
 
-/* The structure of an event, as NumPy sees struct ee_event. */
-static PyObject *make_event_dtype(void) {
+/* The structure of an event, as NumPy sees struct ee_event and the exits of it after one another.
+ */
+static PyObject *make_event_dtype(int exits) {
     PyObject *numpy = PyImport_ImportModule("numpy");
     if (!numpy)
         return NULL;
-    PyObject *fields =
-        Py_BuildValue("[(ss)(ss)(ss)(ss)(ss)(ss)]", "sequence", "i4", "token", "i4", "exit", "i4",
-                      "confidence", "f4", "logprob", "f4", "done", "i4");
+    PyObject *fields = Py_BuildValue(
+        "[(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(s[(ss)(ss)(ss)](i))]", "sequence", "i4", "kind", "i4",
+        "position", "i4", "token", "i4", "exit", "i4", "done", "i4", "confidence", "f4", "logprob",
+        "f4", "exits", "confidence", "f4", "logprob", "f4", "token", "i4", exits);
     PyObject *dtype = fields ? PyObject_CallMethod(numpy, "dtype", "O", fields) : NULL;
     Py_XDECREF(fields);
     Py_DECREF(numpy);
@@ -43,15 +49,17 @@ static PyObject *make_event_dtype(void) {
 }
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"model", "dtype", "max_sequences", "max_length", "positions", NULL};
+    static char *names[] = {"model", "dtype", "max_sequences", "max_length", "positions",
+                            "empty", NULL};
     static const char *const dtypes[] = {"float32", "bfloat16", NULL};
     struct module_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype = "float32";
     int max_sequences = 1;
     long long max_length = 0, positions = 0;
-    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$siLL", names, &model, &dtype,
-                                               &max_sequences, &max_length, &positions))
+    int empty = 0;
+    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$siLLp", names, &model, &dtype,
+                                               &max_sequences, &max_length, &positions, &empty))
         return NULL;
     if (!PyObject_TypeCheck(model, state->model_type)) {
         PyErr_Format(PyExc_TypeError, "model must be an eellm._core.Model, got %R",
@@ -65,18 +73,20 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!self)
         return NULL;
     self->model = (struct model_object *)Py_NewRef(model);
-    self->event_dtype = make_event_dtype();
     struct ee_engine_options options = {index == 0 ? EE_F32 : EE_BF16, max_sequences, max_length,
-                                        positions};
-    if (!self->event_dtype || !begin_call(self->model)) {
+                                        positions, empty};
+    if (!begin_call(self->model)) {
         Py_DECREF(self);
         return NULL;
     }
     enum ee_status status;
     RUN_WITHOUT_GIL(status, ee_engine_create(&self->engine, self->model->model, &options));
     end_call(self->model);
-    if (status != EE_OK) {
+    if (status == EE_OK)
+        self->event_dtype = make_event_dtype(self->model->model->params->exits);
+    else
         raise_status(state, status);
+    if (!self->event_dtype) {
         Py_DECREF(self);
         return NULL;
     }
@@ -102,21 +112,75 @@ static void dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-/* Arrays of a request that come as Python sequences, in memory of their own. */
+static PyObject *load(PyObject *object, PyObject *args) {
+    static const struct {
+        enum array_type type;
+        enum ee_dtype dtype;
+    } kinds[] = {{ARRAY_F16, EE_F16}, {ARRAY_U16, EE_BF16}, {ARRAY_F32, EE_F32}};
+    struct engine_object *self = self_of(object);
+    const char *name;
+    PyObject *values;
+    if (!PyArg_ParseTuple(args, "sO", &name, &values))
+        return NULL;
+    const struct ee_params *params = self->model->model->params;
+    int32_t row = 0;
+    while (row < params->count && strcmp(params->rows[row].name, name) != 0)
+        row++;
+    if (row == params->count) {
+        PyErr_Format(PyExc_ValueError, "the model has no parameter '%s'; its table names all",
+                     name);
+        return NULL;
+    }
+    int kind = 0;
+    while (kind < 2 && !array_is(values, kinds[kind].type))
+        kind++;
+    const struct ee_param *param = &params->rows[row];
+    Py_ssize_t shape[] = {(Py_ssize_t)param->shape[0], (Py_ssize_t)param->shape[1]};
+    Py_ssize_t stride[] = {1, 1};
+    void *data;
+    if (!array_strided_in(values, name, kinds[kind].type, param->ndim, shape, stride, &data) ||
+        !begin_call(self->model))
+        return NULL;
+    struct ee_tensor source = {
+        data, kinds[kind].dtype, param->ndim, {shape[0], shape[1]}, {stride[0], stride[1]}};
+    enum ee_status status;
+    RUN_WITHOUT_GIL(status, ee_engine_load(self->engine, row, &source));
+    end_call(self->model);
+    if (status != EE_OK)
+        return raise_status(self->model->state, status);
+    Py_RETURN_NONE;
+}
+
+/* Arrays of a request that come as Python objects, in memory of their own. */
 struct lists {
     float *thresholds;
     int32_t *stop_tokens;
+    struct ee_logit_bias *bias;
 };
+
+static void free_lists(struct lists *lists) {
+    PyMem_Free(lists->thresholds);
+    PyMem_Free(lists->stop_tokens);
+    PyMem_Free(lists->bias);
+}
+
+static void *take_list(Py_ssize_t count, size_t size) {
+    void *memory = PyMem_Calloc((size_t)count + 1, size);
+    if (!memory)
+        PyErr_NoMemory();
+    return memory;
+}
+
+/* What does not fit an int32_t is no token, and is refused as such. */
+static int32_t token_from(PyObject *object) {
+    long long token = PyLong_AsLongLong(object);
+    return token < 0 || token > INT32_MAX ? -1 : (int32_t)token;
+}
 
 static bool read_thresholds(PyObject *object, struct lists *lists, struct ee_request *request) {
     Py_ssize_t count = PySequence_Size(object);
-    if (count < 0)
+    if (count < 0 || !(lists->thresholds = take_list(count, sizeof(float))))
         return false;
-    lists->thresholds = PyMem_Calloc((size_t)count + 1, sizeof(float));
-    if (!lists->thresholds) {
-        PyErr_NoMemory();
-        return false;
-    }
     request->thresholds = lists->thresholds;
     request->threshold_count = count;
     return floats_in(object, "thresholds", count, lists->thresholds);
@@ -124,24 +188,52 @@ static bool read_thresholds(PyObject *object, struct lists *lists, struct ee_req
 
 static bool read_stop_tokens(PyObject *object, struct lists *lists, struct ee_request *request) {
     Py_ssize_t count = PySequence_Size(object);
-    if (count < 0)
+    if (count < 0 || !(lists->stop_tokens = take_list(count, sizeof(int32_t))))
         return false;
-    lists->stop_tokens = PyMem_Calloc((size_t)count + 1, sizeof(int32_t));
-    if (!lists->stop_tokens) {
-        PyErr_NoMemory();
-        return false;
-    }
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PySequence_GetItem(object, i);
-        long long token = item ? PyLong_AsLongLong(item) : -1;
+        lists->stop_tokens[i] = item ? token_from(item) : -1;
         Py_XDECREF(item);
         if (PyErr_Occurred())
             return false;
-        /* What does not fit is no token either, and is refused as such. */
-        lists->stop_tokens[i] = token < 0 || token > INT32_MAX ? -1 : (int32_t)token;
     }
     request->stop_tokens = lists->stop_tokens;
     request->stop_count = count;
+    return true;
+}
+
+static bool read_bias(PyObject *object, struct lists *lists, struct ee_request *request) {
+    PyObject *items = PyMapping_Items(object);
+    Py_ssize_t count = items ? PyList_Size(items) : -1;
+    if (!items) {
+        PyErr_Clear();
+        raise_type("logit_bias", "a mapping of tokens to numbers", object);
+    }
+    bool good = count >= 0 && (lists->bias = take_list(count, sizeof *lists->bias));
+    for (Py_ssize_t i = 0; good && i < count; i++) {
+        PyObject *item = PyList_GetItem(items, i); /* borrowed */
+        lists->bias[i].token = token_from(PyTuple_GetItem(item, 0));
+        good = !PyErr_Occurred();
+        if (good)
+            lists->bias[i].bias = (float)PyFloat_AsDouble(PyTuple_GetItem(item, 1));
+        good = good && !PyErr_Occurred();
+    }
+    Py_XDECREF(items);
+    request->sampling.bias = lists->bias;
+    request->sampling.bias_count = count;
+    return good;
+}
+
+static bool read_numbers(PyObject *object, const char *name, const int32_t **numbers,
+                         int64_t *count) {
+    Py_ssize_t shape[] = {-1};
+    void *data;
+    if (!object || object == Py_None)
+        return true;
+    if (!array_in(object, name, ARRAY_I32, 1, shape, &data))
+        return false;
+    *numbers = data;
+    *count = shape[0];
     return true;
 }
 
@@ -158,49 +250,87 @@ static PyObject *add_request(struct engine_object *self, const struct ee_request
 }
 
 static PyObject *add(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"tokens",       "max_new_tokens", "engine",      "thresholds",
-                            "max_deferred", "temperature",    "top_k",       "top_p",
-                            "seed",         "sample",         "stop_tokens", NULL};
-    PyObject *tokens, *thresholds = NULL, *stop_tokens = NULL;
-    long long max_new_tokens = 0;
+    static char *names[] = {"tokens",
+                            "max_new_tokens",
+                            "min_new_tokens",
+                            "engine",
+                            "thresholds",
+                            "all_confidences",
+                            "max_deferred",
+                            "full_depth",
+                            "logit_bias",
+                            "repetition_penalty",
+                            "presence_penalty",
+                            "frequency_penalty",
+                            "temperature",
+                            "top_k",
+                            "top_p",
+                            "min_p",
+                            "seed",
+                            "sample",
+                            "stop_tokens",
+                            "forced",
+                            "replay",
+                            NULL};
+    PyObject *tokens, *thresholds = NULL, *stop_tokens = NULL, *bias = NULL, *forced = NULL,
+                      *replay = NULL;
     const char *engine = "deferred";
-    unsigned long long seed = 0, sample = 0;
-    struct ee_request request = {.max_deferred = 15, .sampling.top_p = 1};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$LsOififKKO", names, &tokens, &max_new_tokens,
-                                     &engine, &thresholds, &request.max_deferred,
-                                     &request.sampling.temperature, &request.sampling.top_k,
-                                     &request.sampling.top_p, &seed, &sample, &stop_tokens))
+    int all_confidences = 0, full_depth = 0;
+    struct ee_request request = {.max_deferred = 15};
+    struct ee_sampling *sampling = &request.sampling;
+    sampling->repetition_penalty = sampling->top_p = 1;
+    long long max_new_tokens = 0, min_new_tokens = 0;
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O|$LLsOpipOffffiffO&O&OOO:add", names, &tokens, &max_new_tokens,
+            &min_new_tokens, &engine, &thresholds, &all_confidences, &request.max_deferred,
+            &full_depth, &bias, &sampling->repetition_penalty, &sampling->presence_penalty,
+            &sampling->frequency_penalty, &sampling->temperature, &sampling->top_k,
+            &sampling->top_p, &sampling->min_p, seed_converter, &sampling->seed, seed_converter,
+            &sampling->sample, &stop_tokens, &forced, &replay))
         return NULL;
     int kind = name_index("engine", engine, engine_names);
-    Py_ssize_t shape[] = {-1};
-    void *data;
-    if (kind < 0 || !array_in(tokens, "tokens", ARRAY_I32, 1, shape, &data))
+    if (kind < 0)
         return NULL;
-    request.kind = kind == 0 ? EE_ENGINE_FULL : EE_ENGINE_DEFERRED;
-    request.tokens = data;
-    request.token_count = shape[0];
+    request.kind = (enum ee_engine_kind)kind;
     request.max_new_tokens = max_new_tokens;
-    request.sampling.seed = seed;
-    request.sampling.sample = sample;
-    struct lists lists = {NULL, NULL};
+    request.min_new_tokens = min_new_tokens;
+    request.all_confidences = all_confidences;
+    request.full_depth = full_depth;
+    struct lists lists = {NULL, NULL, NULL};
     PyObject *result = NULL;
-    if ((!thresholds || read_thresholds(thresholds, &lists, &request)) &&
-        (!stop_tokens || read_stop_tokens(stop_tokens, &lists, &request)))
+    if (read_numbers(tokens, "tokens", &request.tokens, &request.token_count) &&
+        read_numbers(forced, "forced", &request.forced, &request.forced_count) &&
+        read_numbers(replay, "replay", &request.replay, &request.replay_count) &&
+        (!thresholds || read_thresholds(thresholds, &lists, &request)) &&
+        (!stop_tokens || read_stop_tokens(stop_tokens, &lists, &request)) &&
+        (!bias || bias == Py_None || read_bias(bias, &lists, &request)))
         result = add_request(self_of(object), &request);
-    PyMem_Free(lists.thresholds);
-    PyMem_Free(lists.stop_tokens);
+    free_lists(&lists);
     return result;
 }
 
+static PyObject *score(PyObject *object, PyObject *tokens) {
+    struct ee_request request = {.kind = EE_ENGINE_SCORE};
+    if (!read_numbers(tokens, "tokens", &request.tokens, &request.token_count))
+        return NULL;
+    return add_request(self_of(object), &request);
+}
+
 /* A copy of the events: [n] of the structure. */
-static PyObject *make_events(struct engine_object *self, const struct ee_event *events,
-                             int64_t count) {
-    Py_ssize_t numbers = (Py_ssize_t)((size_t)count * sizeof *events / sizeof(int32_t));
+static PyObject *make_events(struct engine_object *self, const struct ee_events *events) {
+    const size_t head = sizeof *events->event;
+    const size_t exits = (size_t)events->exit_count * sizeof *events->exits;
+    Py_ssize_t numbers = (Py_ssize_t)((size_t)events->count * (head + exits) / sizeof(int32_t));
     void *data;
     PyObject *flat = array_new(ARRAY_I32, 1, &numbers, &data);
     if (!flat)
         return NULL;
-    memcpy(data, events, (size_t)count * sizeof *events);
+    char *out = data;
+    for (int64_t i = 0; i < events->count; i++) {
+        memcpy(out, &events->event[i], head);
+        memcpy(out + head, events->exits + i * events->exit_count, exits);
+        out += head + exits;
+    }
     PyObject *array = PyObject_CallMethod(flat, "view", "O", self->event_dtype);
     Py_DECREF(flat);
     return array;
@@ -211,21 +341,32 @@ static PyObject *step(PyObject *object, PyObject *unused) {
     struct engine_object *self = self_of(object);
     if (!begin_call(self->model))
         return NULL;
-    const struct ee_event *events;
-    int64_t count;
+    struct ee_events events;
     enum ee_status status;
-    RUN_WITHOUT_GIL(status, ee_engine_step(self->engine, &events, &count));
-    PyObject *result = status == EE_OK ? make_events(self, events, count) : NULL;
+    RUN_WITHOUT_GIL(status, ee_engine_step(self->engine, &events));
+    PyObject *result = status == EE_OK ? make_events(self, &events) : NULL;
     end_call(self->model);
     return status == EE_OK ? result : raise_status(self->model->state, status);
 }
 
-static PyObject *remove_sequence(PyObject *object, PyObject *number) {
+static PyObject *finish(PyObject *object, PyObject *number) {
     struct engine_object *self = self_of(object);
-    long long sequence = PyLong_AsLongLong(number);
+    int32_t id = token_from(number);
     if (PyErr_Occurred() || !begin_call(self->model))
         return NULL;
-    int32_t id = sequence < 0 || sequence > INT32_MAX ? -1 : (int32_t)sequence;
+    int64_t rows;
+    enum ee_status status = ee_engine_finish(self->engine, id, &rows);
+    end_call(self->model);
+    if (status != EE_OK)
+        return raise_status(self->model->state, status);
+    return PyLong_FromLongLong(rows);
+}
+
+static PyObject *remove_sequence(PyObject *object, PyObject *number) {
+    struct engine_object *self = self_of(object);
+    int32_t id = token_from(number);
+    if (PyErr_Occurred() || !begin_call(self->model))
+        return NULL;
     enum ee_status status = ee_engine_remove(self->engine, id);
     end_call(self->model);
     if (status != EE_OK)
@@ -279,19 +420,29 @@ static PyObject *get_stats(PyObject *object, void *unused) {
         return NULL;
     struct ee_engine_stats stats = ee_engine_stats(self->engine);
     end_call(self->model);
-    return Py_BuildValue("{sLsLsLsLsL}", "steps", (long long)stats.steps, "half_layers",
+    return Py_BuildValue("{sLsLsLsLsLsLsLsL}", "steps", (long long)stats.steps, "half_layers",
                          (long long)stats.half_layers, "head_rows", (long long)stats.head_rows,
+                         "bytes_read", (long long)stats.bytes_read, "drafts",
+                         (long long)stats.drafts, "accepted", (long long)stats.accepted,
                          "weight_bytes", (long long)stats.weight_bytes, "cache_bytes",
                          (long long)stats.cache_bytes);
 }
 
 static PyMethodDef methods[] = {
+    {"load", load, METH_VARARGS, "load($self, name, values, /)\n--\n\nPacks a parameter."},
     {"add", (PyCFunction)(void (*)(void))add, METH_VARARGS | METH_KEYWORDS,
-     "add($self, /, tokens, *, max_new_tokens, engine='deferred', thresholds=(), max_deferred=15,\n"
-     "temperature=0.0, top_k=0, top_p=1.0, seed=0, sample=0, stop_tokens=())\n--\n\n"
+     "add($self, /, tokens, *, max_new_tokens, min_new_tokens=0, engine='deferred',\n"
+     "thresholds=(), all_confidences=False, max_deferred=15, full_depth=False, logit_bias=None,\n"
+     "repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, temperature=0.0,\n"
+     "top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, stop_tokens=(), forced=None,\n"
+     "replay=None)\n--\n\n"
      "Admits a prompt and returns its sequence number."},
+    {"score", score, METH_O,
+     "score($self, tokens, /)\n--\n\nAdmits a text whose tokens are scored at every exit."},
     {"step", step, METH_NOARGS,
      "step($self, /)\n--\n\nOne batch step: a structured array of events."},
+    {"finish", finish, METH_O,
+     "finish($self, sequence, /)\n--\n\nEnds a sequence after its deferred rows have run."},
     {"remove", remove_sequence, METH_O,
      "remove($self, sequence, /)\n--\n\nEnds a sequence and frees its place in the cache."},
     {"_cache", cache, METH_VARARGS,
@@ -311,9 +462,9 @@ static PyType_Slot slots[] = {
     {Py_tp_traverse, traverse},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc,
-     "Engine(model, *, dtype='float32', max_sequences=1, max_length=0, positions=0)\n--\n\n"
-     "Decoding: packed weights, the key-value cache, and the sequences in flight."},
+    {Py_tp_doc, "Engine(model, *, dtype='float32', max_sequences=1, max_length=0, positions=0,\n"
+                "empty=False)\n--\n\n"
+                "Decoding: packed weights, the key-value cache, and the sequences in flight."},
     {0, NULL},
 };
 

@@ -35,13 +35,13 @@ void end_call(struct model_object *model) {
 /* The model is built aside and takes its place under the GIL, so that no other thread sees half of
  * it, nor builds a second one. */
 static int create(struct model_object *self, const struct ee_config *config, const char *isa_name,
-                  int threads) {
+                  int threads, bool with_weights) {
     enum ee_isa isa;
     struct ee_model *model = NULL;
     enum ee_status status = ee_isa_from_name(&isa, isa_name);
     self->busy = true;
     if (status == EE_OK)
-        RUN_WITHOUT_GIL(status, ee_model_create(&model, config, isa, threads));
+        RUN_WITHOUT_GIL(status, ee_model_create(&model, config, isa, threads, with_weights));
     self->busy = false;
     self->model = model;
     if (status == EE_OK)
@@ -52,12 +52,12 @@ static int create(struct model_object *self, const struct ee_config *config, con
 
 static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct model_object *self = (struct model_object *)object;
-    static char *names[] = {"config", "threads", "isa", NULL};
+    static char *names[] = {"config", "threads", "isa", "weights", NULL};
     PyObject *mapping;
-    int threads = 0;
+    int threads = 0, with_weights = 1;
     const char *isa_name = "";
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|is:Model", names, &mapping, &threads,
-                                     &isa_name))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|isp:Model", names, &mapping, &threads,
+                                     &isa_name, &with_weights))
         return -1;
     struct ee_config *config = PyMem_Malloc(sizeof *config);
     float *freq = PyMem_Malloc(MAX_ROPE_FREQ * sizeof *freq);
@@ -68,7 +68,7 @@ static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     else if (config_in(mapping, config, freq) && (self->model || self->busy))
         PyErr_SetString(self->state->error, "the model is initialised already");
     else if (!PyErr_Occurred())
-        result = create(self, config, isa_name, threads);
+        result = create(self, config, isa_name, threads, with_weights);
     PyMem_Free(config);
     PyMem_Free(freq);
     return result;
@@ -132,10 +132,18 @@ static PyObject *get_isa(PyObject *object, void *closure) {
                              : NULL;
 }
 
+/* Whether the model has parameters in memory; the error is set where it has none. */
+static bool has_weights(struct model_object *self) {
+    enum ee_status status = ee_model_require_weights(self->model);
+    if (status != EE_OK)
+        raise_status(self->state, status);
+    return status == EE_OK;
+}
+
 static PyObject *parameter(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     const char *name;
-    if (!PyArg_ParseTuple(args, "s:parameter", &name) || !initialised(self))
+    if (!PyArg_ParseTuple(args, "s:parameter", &name) || !initialised(self) || !has_weights(self))
         return NULL;
     int32_t row = ee_params_find(self->model->params, name);
     if (row < 0)
@@ -149,7 +157,7 @@ static PyObject *initialize(PyObject *object, PyObject *args) {
     float range;
     uint64_t seed;
     if (!PyArg_ParseTuple(args, "fO&:initialize", &range, seed_converter, &seed) ||
-        !begin_call(self))
+        !initialised(self) || !has_weights(self) || !begin_call(self))
         return NULL;
     struct ee_model *model = self->model;
     enum ee_status status;
@@ -167,7 +175,7 @@ static PyObject *initialize_parameter(PyObject *object, PyObject *args) {
     uint64_t seed;
     if (!PyArg_ParseTuple(args, "sfO&:initialize_parameter", &name, &range, seed_converter,
                           &seed) ||
-        !begin_call(self))
+        !initialised(self) || !has_weights(self) || !begin_call(self))
         return NULL;
     struct ee_model *model = self->model;
     int32_t row = ee_params_find(model->params, name);
@@ -266,8 +274,8 @@ static PyType_Slot slots[] = {
     {Py_tp_new, new_model},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc,
-     "Model(config, threads=0, isa='')\n--\n\nA model's config, parameters and threads."},
+    {Py_tp_doc, "Model(config, threads=0, isa='', weights=True)\n--\n\nA model's config, "
+                "parameters and threads."},
     {0, NULL},
 };
 

@@ -19,6 +19,7 @@ struct module_state {
     PyObject *error;           /* eellm.Error */
     PyObject *nonfinite_error; /* eellm.NonFiniteError */
     PyObject *comm_error;      /* eellm.CommError */
+    PyObject *busy_error;      /* eellm.BusyError */
     PyTypeObject *tensor_type, *model_type, *trainer_type, *engine_type;
 };
 
@@ -37,7 +38,7 @@ int seed_converter(PyObject *object, void *out);
 
 /* -- Arrays (py_array.c) ---------------------------------------------------------------------- */
 
-enum array_type { ARRAY_F32, ARRAY_I32, ARRAY_U64, ARRAY_U8, ARRAY_F64 };
+enum array_type { ARRAY_F32, ARRAY_I32, ARRAY_U64, ARRAY_U8, ARRAY_F64, ARRAY_F16, ARRAY_U16 };
 
 int import_numpy(void);
 
@@ -47,7 +48,14 @@ int import_numpy(void);
 bool array_in(PyObject *object, const char *name, enum array_type type, int ndim, Py_ssize_t *shape,
               void **data);
 
-/* The same for an array that is written. */
+/* The same for an array with contiguous rows or columns; stride: in elements. */
+bool array_strided_in(PyObject *object, const char *name, enum array_type type, int ndim,
+                      Py_ssize_t *shape, Py_ssize_t *stride, void **data);
+
+/* Whether an object is a NumPy array of this type; no exception. */
+bool array_is(PyObject *object, enum array_type type);
+
+/* The same as array_in for an array that is written. */
 bool array_out(PyObject *object, const char *name, enum array_type type, int ndim,
                Py_ssize_t *shape, void **data);
 

@@ -4,6 +4,7 @@
 
 #include "base/alloc.h"
 #include "base/log.h"
+#include "infer/sampler.h"
 
 #define ENTRY(name) {#name, (void (*)(void))name},
 #define OP_ENTRY(op) ENTRY(ee_##op)
@@ -21,6 +22,16 @@ static const struct {
     ENTRY(ee_ctx_destroy)
     ENTRY(ee_weight_bytes)
     ENTRY(ee_alloc_fail_at)
+    ENTRY(ee_sampling_check)
+    ENTRY(ee_sampling_uniform)
+    ENTRY(ee_sampling_plain)
+    ENTRY(ee_sampler_create)
+    ENTRY(ee_sampler_free)
+    ENTRY(ee_sampler_adjust)
+    ENTRY(ee_sampler_weigh)
+    ENTRY(ee_sampler_draw)
+    ENTRY(ee_sampler_choose)
+    ENTRY(ee_sampler_verify)
     // clang-format on
 };
 

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,9 +17,10 @@ import numpy.typing as npt
 from eellm.config import ModelConfig
 from eellm.errors import Shown, invalid
 from eellm.files.disk import Folder
-from eellm.files.dtypes import SAVED_AS, from_float32, to_float32
+from eellm.files.dtypes import SAVED_AS, check_dtype, from_float32, to_float32
 from eellm.files.locate import inside, read_json
 from eellm.files.safetensors import (
+    DTYPES,
     Entry,
     SafetensorsFile,
     pickle_error,
@@ -46,6 +49,7 @@ TOKENIZER_FILES = (
 )
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_ROWS = 1024
 _PREFIXES = ("transformer.", "model.")
 
 log = logging.getLogger("eellm")
@@ -154,18 +158,51 @@ def source_shape(row: "ParameterRow") -> tuple[int, ...]:
     return (cols, rows) if row["transposed"] else (rows, cols)
 
 
-def load_parameters(
-    target: Parameters,
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter stands: a tensor of a file, or some rows of one."""
+
+    row: "ParameterRow"
+    file: SafetensorsFile
+    key: str
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the file: F32, F16 or BF16."""
+        return self.file.tensors[self.key].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.row["shape"]) * DTYPES[self.dtype][0] // 8
+
+    def values(self) -> npt.NDArray[Any]:
+        """A view of the file in the parameter's own shape; bfloat16 as uint16."""
+        raw = self.file[self.key]
+        rows = slice(self.row["source_row"], self.row["source_row"] + self.row["shape"][0])
+        return raw[:, rows].T if self.row["transposed"] else raw[rows]
+
+    def float32(self) -> npt.NDArray[np.float32]:
+        """The values as float32; may be a view of the file."""
+        values = self.values().T if self.row["transposed"] else self.values()
+        values = to_float32(values, self.dtype, f"{self.file.path}: {self.key!r}")
+        return values.T if self.row["transposed"] else values
+
+
+def find_parameters(
+    table: Sequence["ParameterRow"],
     config: ModelConfig,
     weights: Weights,
     with_exits: bool = True,
     strict: bool = True,
-) -> None:
-    """Fills the parameters from files. strict: a tensor that the model has no place for is an
-    error, else a warning."""
+) -> list[Source]:
+    """Where each parameter of a table stands, all of it checked but the numbers.
+
+    strict: a tensor that the model has no place for is an error, else a warning.
+    """
     used: dict[bool, set[str]] = {False: set(), True: set()}
-    missing = []
-    for row in target.table:
+    found, missing = [], []
+    for row in table:
         of_exit = row["exit"] >= 0
         if of_exit and not with_exits:
             continue
@@ -175,32 +212,43 @@ def load_parameters(
             missing.append(row["source"])
             continue
         used[of_exit].add(key)
-        np.asarray(target.parameter(row["name"]))[...] = _read(tensors[key], key, row)
+        found.append(Source(row, tensors[key], key))
     _report_missing(weights.folder, list(dict.fromkeys(missing)))
+    for source in found:
+        _check_form(source)
     if config.tie_word_embeddings:
-        _check_tied(weights.backbone, used[False], target)
+        _check_tied(weights.backbone, used[False], found)
     unexpected = [name for name in weights.backbone if name not in used[False]]
     unexpected = [name for name in unexpected if not _BUFFERS.search(name)]
     if with_exits:
         unexpected += [name for name in weights.exits if name not in used[True]]
     _report_unexpected(weights.folder, unexpected, strict)
+    return found
 
 
-def _read(file: SafetensorsFile, key: str, row: "ParameterRow") -> npt.NDArray[np.float32]:
-    info = file.tensors[key]
-    expected = source_shape(row)
+def load_parameters(
+    target: Parameters,
+    config: ModelConfig,
+    weights: Weights,
+    with_exits: bool = True,
+    strict: bool = True,
+) -> None:
+    """Fills the parameters of a model from files, as `find_parameters` finds them."""
+    for source in find_parameters(target.table, config, weights, with_exits, strict):
+        np.asarray(target.parameter(source.row["name"]))[...] = source.float32()
+
+
+def _check_form(source: Source) -> None:
+    where, info = f"{source.file.path}: {source.key!r}", source.file.tensors[source.key]
+    expected = source_shape(source.row)
     if info.shape != expected:
         raise invalid(
-            f"{file.path}: {key!r} has the wrong shape",
+            f"{where} has the wrong shape",
             str(list(expected)),
             Shown(list(info.shape)),
             f"make {CONFIG} and the weights agree",
         )
-    raw = file[key]
-    rows = slice(row["source_row"], row["source_row"] + row["shape"][0])
-    part = raw[:, rows] if row["transposed"] else raw[rows]
-    values = to_float32(part, info.dtype, f"{file.path}: {key!r}")
-    return values.T if row["transposed"] else values
+    check_dtype(info.dtype, where)
 
 
 def _some(names: Sequence[str]) -> Shown:
@@ -231,24 +279,38 @@ def _report_unexpected(folder: Path, names: Sequence[str], strict: bool) -> None
     log.warning("%s; they are left out", message)
 
 
-def _check_tied(tensors: Mapping[str, SafetensorsFile], used: set[str], target: Parameters) -> None:
+def _check_tied(
+    tensors: Mapping[str, SafetensorsFile], used: set[str], found: Sequence[Source]
+) -> None:
     """An output matrix beside tied embeddings must hold the same numbers."""
     key = "lm_head.weight"
     if key not in tensors:
         return
-    file = tensors[key]
-    embedding = np.asarray(target.parameter("model.embed_tokens.weight"))
+    embedding = next(each for each in found if each.row["name"] == "model.embed_tokens.weight")
     used.add(key)
-    info = file.tensors[key]
-    where = f"{file.path}: {key!r}"
-    same = info.shape == embedding.shape
-    if not same or not np.array_equal(to_float32(file[key], info.dtype, where), embedding):
+    head = replace(embedding, file=tensors[key], key=key)
+    where = f"{head.file.path}: {key!r}"
+    check_dtype(head.dtype, where)
+    same = head.file.tensors[key].shape == source_shape(embedding.row)
+    if not same or not _same_values(head, embedding, where):
         raise invalid(
             f"{where} is not the token embedding",
             "the same numbers, as tie_word_embeddings is true",
             Shown("others"),
             f"set tie_word_embeddings to false in {CONFIG}",
         )
+
+
+def _same_values(one: Source, other: Source, where: str) -> bool:
+    """Compares in pieces, so that no float32 copy of a whole matrix comes to be."""
+    a, b = one.values(), other.values()
+    return all(
+        np.array_equal(
+            to_float32(a[start : start + _ROWS], one.dtype, where),
+            to_float32(b[start : start + _ROWS], other.dtype, where),
+        )
+        for start in range(0, len(a), _ROWS)
+    )
 
 
 def entries_of_model(source: Parameters, dtype: str, of_exits: bool) -> list[Entry]:

@@ -9,14 +9,19 @@ SAVED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PIECE = 1 << 20
 
 
+def check_dtype(dtype: str, where: str) -> None:
+    """Refuses a dtype of a safetensors file that no weight has."""
+    if dtype not in SAVED_AS.values():
+        raise invalid(f"{where} has a dtype of no weight", "F32, F16 or BF16", dtype)
+
+
 def to_float32(raw: npt.NDArray, dtype: str, where: str) -> npt.NDArray[np.float32]:
     """Values of a tensor of a safetensors file; bfloat16 comes as uint16. May be `raw` itself."""
     if dtype == "F32":
         return raw
     if dtype == "F16":
         return raw.astype(np.float32)
-    if dtype != "BF16":
-        raise invalid(f"{where} has a dtype of no weight", "F32, F16 or BF16", dtype)
+    check_dtype(dtype, where)
     out = np.empty(raw.size, np.uint32)
     flat = raw.reshape(-1)
     for start in range(0, flat.size, _PIECE):

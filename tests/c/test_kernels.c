@@ -66,13 +66,34 @@ static enum ee_status run_linear(struct ee_ctx *ctx) {
     return finite(&y);
 }
 
+/* From each dtype, by rows and by columns, in two parts of one panel. */
+static enum ee_status pack_every_way(struct ee_ctx *ctx, const struct ee_weight *w,
+                                     const struct ee_tensor *rows) {
+    static const enum ee_dtype dtypes[] = {EE_F16, EE_BF16, EE_F32};
+    for (int i = 0; i < 3; i++) {
+        struct ee_tensor source = *rows;
+        source.dtype = dtypes[i];
+        source.data = exact((size_t)(V * C) * ee_dtype_size(dtypes[i]));
+        EE_TRY(ee_convert(ctx, &source, rows));
+        struct ee_tensor columns = ee_tensor_rows(&source, 0, V - 1);
+        columns.stride[0] = 1;
+        columns.stride[1] = V - 1;
+        EE_TRY(ee_weight_pack(ctx, w, &columns, 1));
+        struct ee_tensor head = ee_tensor_rows(&source, 0, 9),
+                         tail = ee_tensor_rows(&source, 9, V - 9);
+        EE_TRY(ee_weight_pack(ctx, w, &tail, 9));
+        EE_TRY(ee_weight_pack(ctx, w, &head, 0));
+    }
+    return EE_OK;
+}
+
 static enum ee_status run_panels(struct ee_ctx *ctx) {
     struct ee_tensor rows = mat(V, C), x = mat(N, C), y = mat(N, V), residual = mat(N, V);
     static const enum ee_dtype dtypes[] = {EE_F32, EE_BF16};
     for (int i = 0; i < 2; i++) {
         struct ee_weight w = {.dtype = dtypes[i], .layout = EE_LAYOUT_PANELS, .rows = V, .cols = C};
         w.data = exact(ee_weight_bytes(w.dtype, w.layout, V, C));
-        EE_TRY(ee_weight_pack(ctx, &w, &rows));
+        EE_TRY(pack_every_way(ctx, &w, &rows));
         EE_TRY(ee_linear(ctx, &y, &x, &w, NULL, &residual));
         EE_TRY(finite(&y));
         struct ee_tensor one_x = ee_tensor_rows(&x, N - 1, 1), one_y = ee_tensor_rows(&y, N - 1, 1);

@@ -100,8 +100,31 @@ static void test_linear(void) {
     dw.stride[0] = 8;
     ALLOWS_EMPTY(linear_backward_weight, &dw, NULL, &y0, &x0);
 
-    REFUSES(weight_pack, "rows must be float32[M = 4, K = 8]", &panels, &x);
-    REFUSES(weight_pack, "w must have the layout panels", &w, &dw);
+    REFUSES(weight_pack, "w must have the layout panels", &w, &x, 0);
+    REFUSES(weight_pack, "rows must not be NULL", &panels, NULL, 0);
+    REFUSES(weight_pack, "rows must be float32[N, K = 8], got float32[2, 9]", &panels, &wide, 0);
+    REFUSES(weight_pack, "rows must lie within the 4 of w, got 2 from 3 on", &panels, &x, 3);
+    REFUSES(weight_pack, "rows must lie within the 4 of w, got 2 from -1 on", &panels, &x, -1);
+    REFUSES(weight_pack, "rows must lie within the 4 of w, got 0 from 5 on", &panels, &x0, 5);
+    bad = panels;
+    bad.data = x.data;
+    REFUSES(weight_pack, "w and rows must not be the same memory", &bad, &x, 0);
+    struct ee_tensor other = x;
+    other.dtype = EE_I32;
+    REFUSES(weight_pack, "rows must be float32, float16 or bfloat16, got int32", &panels, &other,
+            0);
+    other = x;
+    other.data = NULL;
+    REFUSES(weight_pack, "rows must have data, contiguous", &panels, &other, 0);
+    other = x;
+    other.stride[0] = 2; /* columns of 2, one over the other */
+    REFUSES(weight_pack,
+            "rows must have data, contiguous rows or columns, and none that overlap, "
+            "got strides of 2 and 1",
+            &panels, &other, 0);
+    other.stride[0] = other.stride[1] = 2;
+    REFUSES(weight_pack, "rows must have data, contiguous", &panels, &other, 0);
+    ALLOWS_EMPTY(weight_pack, &panels, &x0, 4);
 }
 
 static void test_norm(void) {
@@ -416,7 +439,7 @@ static void test_parameters(void) {
 
 static void test_every_operation(void) {
     for (int op = 0; op < OP_COUNT; op++) {
-        if (!refused[op] || (!empty[op] && op != OP_weight_pack)) {
+        if (!refused[op] || !empty[op]) {
             fprintf(stderr, "%s: no wrong arguments, or no empty ones, are tried\n", op_names[op]);
             ee_test_failures++;
         }

@@ -99,7 +99,7 @@ static void train(struct ee_config config, enum ee_isa isa, int threads,
     struct ee_model *model;
     struct ee_trainer *trainer;
     struct ee_trainer_config t = trainer_config(recompute);
-    if (!EE_EXPECT_OK(ee_model_create(&model, &config, isa, threads)))
+    if (!EE_EXPECT_OK(ee_model_create(&model, &config, isa, threads, true)))
         return;
     EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
     EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
@@ -141,7 +141,7 @@ static void test_limits(void) {
     struct ee_model *model;
     struct ee_trainer *trainer;
     struct ee_trainer_config t = trainer_config(EE_RECOMPUTE_NONE);
-    EE_EXPECT_OK(ee_model_create(&model, &config, EE_ISA_PLAIN, 1));
+    EE_EXPECT_OK(ee_model_create(&model, &config, EE_ISA_PLAIN, 1, true));
     EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
     EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
     struct data d;
@@ -225,7 +225,7 @@ static enum ee_status make_all(void) {
     struct ee_step_settings s = settings();
     struct ee_step_result result;
     enum ee_status status;
-    EE_GOTO(status, ee_model_create(&model, &config, ee_isa_best(), 2), done);
+    EE_GOTO(status, ee_model_create(&model, &config, ee_isa_best(), 2, true), done);
     EE_GOTO(status, ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1), done);
     EE_GOTO(status, ee_trainer_create(&trainer, model, &t), done);
     EE_GOTO(status, ee_trainer_step(trainer, &input, &s, &result), done);

@@ -4,6 +4,7 @@ import numpy as np
 
 from eellm import _core
 from eellm.config import ExitConfig, ModelConfig
+from tests.infer import rules
 from tests.infer.reference import Reference, softmax
 
 SIZES = {
@@ -23,6 +24,14 @@ GPT2 = {
     "tie_word_embeddings": True,
     **{f"bias_{part}": True for part in ("q", "kv", "o", "up", "down")},
 }
+
+
+FLOATS = ("confidence", "logprob")
+# The settings of a request that bear on which token is chosen.
+CHOICE = {
+    "min_new_tokens", "stop_tokens", "logit_bias", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "temperature", "top_k", "top_p", "min_p", "seed", "sample",
+}  # fmt: skip
 
 
 def _exits(*heads):
@@ -207,28 +216,168 @@ def random_tokens(seed, count, vocab=SIZES["vocab_size"]):
     return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int32)
 
 
-def drain(engine, numbers):
-    """Runs until nothing is in flight; the events of each sequence in order."""
-    found = {number: [] for number in numbers}
+def isas():
+    """The instruction sets that this machine has."""
+    found = []
+    for isa in ("plain", "avx2", "avx512"):
+        try:
+            _core.Model(make_config("llama").to_core(), threads=1, isa=isa)
+        except ValueError:
+            continue
+        found.append(isa)
+    return found
+
+
+def drain(engine, numbers, events=()):
+    """Runs until nothing is in flight; the events of each sequence in order. `events`: those of
+    earlier steps."""
+    steps = [*events]
     while engine.active:
-        for event in engine.step():
-            found[int(event["sequence"])].append(event)
-    return [np.array(found[number]) for number in numbers]
+        steps.append(engine.step())
+    found = np.concatenate(steps) if steps else engine.step()
+    return [found[found["sequence"] == number] for number in numbers]
 
 
-def run(core, prompt, count, *, dtype="float32", **settings):
+def run(core, prompt, count, *, dtype="float32", max_length=0, **settings):
     """The events of one prompt in an engine of its own."""
-    engine = _core.Engine(core, dtype=dtype)
+    engine = _core.Engine(core, dtype=dtype, max_length=max_length)
     prompt = np.asarray(prompt, np.int32)
     return drain(engine, [engine.add(prompt, max_new_tokens=count, **settings)])[0]
 
 
+def score(core, text, *, dtype="float32"):
+    """The events of a text that is scored in an engine of its own."""
+    engine = _core.Engine(core, dtype=dtype)
+    return drain(engine, [engine.score(np.asarray(text, np.int32))])[0]
+
+
+def _same_bits(a, b):
+    """Bit for bit, but any NaN is as good as another."""
+    both = np.isnan(a) & np.isnan(b)
+    return bool((both | (a.view(np.int32) == b.view(np.int32))).all())
+
+
 def same(events, others):
     """Equal to the bit, sequence numbers aside."""
-    fields = ["token", "exit", "confidence", "logprob", "done"]
-    return len(events) == len(others) and all(
-        events[field].tobytes() == others[field].tobytes() for field in fields
+    if events.dtype != others.dtype or len(events) != len(others):
+        return False
+    integers = [f for f in ("kind", "position", "token", "exit", "done") if f in events.dtype.names]
+    return (
+        all(np.array_equal(events[name], others[name]) for name in integers)
+        and all(_same_bits(events[name].copy(), others[name].copy()) for name in FLOATS)
+        and np.array_equal(events["exits"]["token"], others["exits"]["token"])
+        and all(
+            _same_bits(events["exits"][name].copy(), others["exits"][name].copy())
+            for name in FLOATS
+        )
     )
+
+
+class Scratch:
+    """The view (see rules.py) of our own full-depth path: an engine of its own reads each text as a
+    prompt, so nothing in it has ever been deferred, drafted or cached. With settings that change
+    the choice of a token, the text after `prompt` is forced."""
+
+    def __init__(self, core, prompt, *, dtype="float32", **settings):
+        self.core, self.dtype, self.prompt = core, dtype, tuple(int(token) for token in prompt)
+        self.choice = {name: settings[name] for name in settings if name in CHOICE}
+        if not settings.get("min_new_tokens"):
+            self.choice.pop("stop_tokens", None)
+        self.limit = settings.get("max_new_tokens", 0)
+        self.seen, self.scores = {}, {}
+        self.exits = self._look(self.prompt).shape[0]
+
+    def _look(self, text):
+        if text not in self.seen:
+            options = {"engine": "full", "all_confidences": True, "dtype": self.dtype}
+            (event,) = run(self.core, text, 1, **options)
+            self.seen[text] = event["exits"]
+        return self.seen[text]
+
+    def confidence(self, text, exit):
+        return self._look(text)["confidence"][exit]
+
+    def leaves(self, text, exit, threshold):
+        return self.confidence(text, exit) >= threshold
+
+    def largest(self, text, exit):
+        return int(self._look(text)["token"][exit])
+
+    def logprob(self, text, exit, token):
+        text = (*text, token)
+        if text not in self.scores:
+            self.scores[text] = score(self.core, text, dtype=self.dtype)[-1]["exits"]
+            # Two ways to the same numbers.
+            for name in ("confidence", "token"):
+                assert np.array_equal(self.scores[text][name], self._look(text[:-1])[name])
+        return self.scores[text]["logprob"][exit]
+
+    def choose(self, text, exit):
+        if not self.choice:
+            return self.largest(text, exit)
+        written = np.array(text[len(self.prompt) :], np.int32)
+        replay = np.array([self.exits - 1] * len(written) + [exit], np.int32)
+        engine = _core.Engine(self.core, dtype=self.dtype)
+        engine.add(
+            np.array(self.prompt, np.int32),
+            max_new_tokens=self.limit,
+            forced=written,
+            replay=replay,
+            **self.choice,
+        )
+        events = []
+        while len(events) < len(replay):
+            events.extend(engine.step())
+        assert events[-1]["exit"] == exit
+        return int(events[-1]["token"])
+
+
+def full_cache(core, text, layers, dtype="float32"):
+    """Keys and values [T, K, D] of each layer after all of a text has run at full depth."""
+    engine = _core.Engine(core, dtype=dtype)
+    number = engine.add(np.array(text, np.int32), max_new_tokens=2, engine="full")
+    while not len(engine.step()):
+        pass
+    return [engine._cache(number, layer) for layer in range(layers)]
+
+
+def follow(core, config, view, prompt, settings, *, dtype="float32", max_length=0, cache=True):
+    """Runs a request beside the rules, step for step: events, cache and work are equal, to the bit.
+    Returns all events."""
+    engine = _core.Engine(core, dtype=dtype, max_length=max_length)
+    limit = max_length or config["max_positions"]
+    shape = rules.Shape(config)
+    decoder = rules.Decoder(view, shape, prompt, max_length=limit, **settings)
+    number = engine.add(np.asarray(prompt, np.int32), **settings)
+    for _ in range((len(prompt) - 2) // rules.PROMPT_ROWS):
+        assert len(engine.step()) == 0
+    found = []
+    while decoder.done == rules.NOT_DONE:
+        step = decoder.step()
+        found.append(engine.step())
+        check_step(found[-1], step.events, view.exits)
+        if cache and decoder.done == rules.NOT_DONE:
+            wanted = full_cache(core, decoder.text, len(step.fills), dtype)
+            for layer, fill in enumerate(step.fills):
+                for ours, full in zip(engine._cache(number, layer), wanted[layer], strict=True):
+                    assert len(ours) == fill
+                    assert ours.tobytes() == full[:fill].tobytes()
+    assert engine.active == 0
+    assert engine.stats["half_layers"] == decoder.half_layers
+    assert engine.stats["head_rows"] == decoder.head_rows
+    return np.concatenate(found)
+
+
+def check_step(found, events, exits):
+    """Events of one sequence in one step are those of the rules; `done` stands on the last one."""
+    wanted = rules.as_array(events, exits)
+    assert len(found) == len(wanted)
+    if len(events):
+        assert found["done"][-1] == wanted["done"][-1]
+    assert not found["done"][:-1].any()
+    found = found[np.argsort(found["kind"], kind="stable")]
+    found["done"] = wanted["done"] = 0
+    assert same(found, wanted), f"{found}\n{wanted}"
 
 
 def thresholds_for(reference, tokens, share=0.4):

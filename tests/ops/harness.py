@@ -204,12 +204,18 @@ class Ops:
 
         return call
 
+    @staticmethod
+    def panels(shape, dtype="float32"):
+        """A weight of column panels of a shape [M, K]; NaN until it is packed."""
+        size = function("ee_weight_bytes", ct.c_size_t, ct.c_int, ct.c_int, ct.c_int64, ct.c_int64)
+        data = np.full(size(DTYPES[dtype], 1, *shape) + 64, 0xFF, np.uint8)
+        start = -data.ctypes.data % 64
+        view = Weight(data.ctypes.data + start, DTYPES[dtype], 1, *shape)
+        view.keep = data
+        return view
+
     def packed(self, rows, dtype="float32"):
         """Packs rows[M, K] into a weight of column panels."""
-        size = function("ee_weight_bytes", ct.c_size_t, ct.c_int, ct.c_int, ct.c_int64, ct.c_int64)
-        data = np.zeros(size(DTYPES[dtype], 1, *rows.shape) + 64, np.uint8)
-        start = -data.ctypes.data % 64
-        view = Weight(data.ctypes.data + start, DTYPES[dtype], 1, *rows.shape)
-        view.keep = data
-        self.weight_pack(view, rows)
+        view = self.panels(rows.shape, dtype)
+        self.weight_pack(view, rows, 0)
         return view

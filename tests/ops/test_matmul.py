@@ -327,30 +327,104 @@ def test_panels_many_rows(ops):
         np.testing.assert_array_equal(y, in_order(x, used))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (65, 70), (200, 129)], ids=str)
-def test_weight_pack(ops, shape, dtype):
-    m, k = shape
-    w = normal(1, m, k)
-    w.flat[: min(w.size, 6)] = [0.0, -0.0, np.inf, -np.inf, np.float32(3e38), 1e-40][: w.size]
-    packed = ops.packed(w, dtype)
-    panels = -(-m // 64)
-    used = bf16_round(w) if dtype == "bfloat16" else w
-    expected = np.zeros((panels * 64, k), np.float32)
-    expected[:m] = used
-    expected = expected.reshape(panels, 64, k).transpose(0, 2, 1)
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, 3e38, 1e-40], np.float32)
+
+
+def stored(packed):
+    """The bits of a weight of panels as a matrix, the filling of the last panel included."""
+    panels = -(-packed.rows // 64)
+    kind = ct.c_uint16 if packed.dtype == 1 else ct.c_uint32
+    array = np.ctypeslib.as_array((kind * (panels * 64 * packed.cols)).from_address(packed.data))
+    return array.reshape(panels, packed.cols, 64).transpose(0, 2, 1).reshape(panels * 64, -1)
+
+
+def bits(values, dtype):
+    """The bits of float32 values as a weight of a dtype stores them."""
     if dtype == "bfloat16":
-        expected = (np.ascontiguousarray(expected).view(np.uint32) >> 16).astype(np.uint16)
-    kind = ct.c_uint16 if dtype == "bfloat16" else ct.c_float
-    got = np.ctypeslib.as_array((kind * expected.size).from_address(packed.data))
-    np.testing.assert_array_equal(got.view(np.uint8), np.ravel(expected).view(np.uint8))
+        return (bf16_round(np.ascontiguousarray(values)).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(values).view(np.uint32)
+
+
+def source(seed, m, k, dtype):
+    """Random values of a dtype: what is packed, and the same as float32."""
+    w = normal(seed, m, k)
+    w.flat[: min(w.size, 6)] = SPECIAL[: w.size]
+    if dtype == "bfloat16":
+        w = bf16_round(w)
+        return (w.view(np.uint32) >> 16).astype(np.uint16), w
+    with np.errstate(over="ignore"):
+        narrow = w.astype(NUMPY[dtype])
+    return narrow, narrow.astype(np.float32)
+
+
+def fit(packed, first, expected):
+    """Whether output features from `first` on are `expected`, and what fills the panel is 0."""
+    got = stored(packed)[first:]
+    return (got[: len(expected)] == expected).all() and not got[packed.rows - first :].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (65, 70), (200, 129), (63, 1000)], ids=str)
+def test_weight_pack(ops, shape, given, dtype):
+    m, k = shape
+    rows, values = source(1, m, k, given)
+    expected = bits(values, dtype)
+    spread = np.zeros((m, k + 5), rows.dtype)
+    spread[:, 3 : 3 + k] = rows
+    across = np.zeros((k, m + 2), rows.dtype)
+    across[:, 1 : 1 + m] = rows.T
+    for view in rows, spread[:, 3 : 3 + k], np.ascontiguousarray(rows.T).T, across[:, 1 : 1 + m].T:
+        packed = ops.panels(shape, dtype)
+        ops.weight_pack(packed, view, 0)
+        assert fit(packed, 0, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+def test_weight_pack_in_parts(ops, given, dtype):
+    """Parts that share panels, in any order; what is not packed yet keeps its bits."""
+    rows, values = source(1, 330, 67, given)
+    expected = bits(values, dtype)
+    packed = ops.panels(rows.shape, dtype)
+    untouched = stored(packed).copy()
+    assert (untouched == untouched.max()).all()
+    starts = [0, 5, 64, 65, 200, 256, 329]
+    ends = [*starts[1:], 330]
+    for i in 3, 6, 0, 5, 1, 4, 2:
+        part = rows[starts[i] : ends[i]]
+        ops.weight_pack(packed, np.asfortranarray(part) if i % 2 else part, starts[i])
+        untouched[starts[i] : ends[i]] = expected[starts[i] : ends[i]]
+        if i == 6:
+            untouched[330:] = 0
+        np.testing.assert_array_equal(stored(packed), untouched)
+    assert fit(packed, 0, expected)
+    ops.weight_pack(packed, rows[:0], 330)
+    assert fit(packed, 0, expected)
+
+
+@pytest.mark.parametrize("given", ["float16", "bfloat16"])
+def test_weight_pack_of_every_16_bits(ops, given):
+    """All that has 16 bits; float16 to float32 as NumPy converts, all others by their bits."""
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    if given == "bfloat16":
+        assert fit(ops.packed(every, "bfloat16"), 0, every)
+        assert fit(ops.packed(every), 0, every.astype(np.uint32) << 16)
+        return
+    half = every.view(np.float16)
+    values, number = half.astype(np.float32), ~np.isnan(half)
+    for dtype in "float32", "bfloat16":
+        got = stored(ops.packed(half, dtype))
+        assert (got[number] == bits(values, dtype)[number]).all()
+        wide = got.astype(np.uint32) << 16 if dtype == "bfloat16" else got
+        assert (np.isnan(wide.view(np.float32)) == ~number).all()
 
 
 def test_weight_pack_keeps_nan(ops):
-    bits = np.array([[0x7F800001, 0xFFFFFFFF, 0x7FC00000, 0x7F80FFFF]], np.uint32)
-    packed = ops.packed(bits.view(np.float32), "bfloat16")
-    got = np.ctypeslib.as_array((ct.c_uint16 * 256).from_address(packed.data)).reshape(4, 64)
-    assert np.isnan((got[:, 0].astype(np.uint32) << 16).view(np.float32)).all()
+    patterns = np.array([[0x7F800001, 0xFFFFFFFF, 0x7FC00000, 0x7F80FFFF]], np.uint32)
+    got = stored(ops.packed(patterns.view(np.float32), "bfloat16"))[0]
+    assert np.isnan((got.astype(np.uint32) << 16).view(np.float32)).all()
 
 
 # -- Negative controls -------------------------------------------------------------------------
@@ -370,6 +444,19 @@ def test_checks_tell_wrong_results():
     # another size of block, another order, or a library's product gives other bits
     for other in in_order(x, w, block=32), in_order(x[:, ::-1], w[:, ::-1]), x @ w.T:
         assert (other != y).mean() > 0.1
+
+
+def test_checks_tell_wrong_packing():
+    rows, values = source(1, 70, 9, "float32")
+    with Ops("plain") as ops:
+        packed = ops.packed(rows)
+        assert fit(packed, 0, bits(values, "float32"))
+        assert not fit(packed, 1, bits(values[:69], "float32"))
+        ops.weight_pack(packed, rows[:1], 69)
+        assert not fit(packed, 0, bits(values, "float32"))
+        packed = ops.packed(rows)
+        ct.c_uint32.from_address(packed.data + 2 * 64 * 9 * 4 - 4).value = 1  # the last filling
+        assert not fit(packed, 0, bits(values, "float32"))
 
 
 def test_tensor_of_the_harness_keeps_strides():

@@ -151,6 +151,13 @@ def test_signatures_are_what_the_functions_take():
         trainer.step(**dict.fromkeys(names[:6]), exit_weights=[], **scalars, budget=1)
 
 
+class _Unusable:
+    """No number, no sequence, and neither true nor false."""
+
+    def __bool__(self):
+        raise TypeError("neither true nor false")
+
+
 def test_keywords_of_an_engine():
     stub = stub_names(stub_names(ast.parse(STUB.read_text()).body)["Engine"].body)
     model, _ = make()
@@ -165,7 +172,7 @@ def test_keywords_of_an_engine():
         assert len(keywords) >= 4
         for keyword in keywords:
             with pytest.raises((TypeError, ValueError)) as error:
-                call(**{keyword: object()})
+                call(**{keyword: _Unusable()})
             assert "keyword argument" not in str(error.value), keyword
         with pytest.raises(TypeError, match="foreign"):
             call(foreign=1)
