@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import decoding
 from benchmarks.common import arguments, in_turns, median, record, report
-from benchmarks.decoding import GPT2, Stream, make_model, rate, take_turns, weight_counts
+from benchmarks.decoding import GPT2, Stream, make_model, step_rate, take_turns, weight_counts
 
 GENERATE = dict(GPT2, prompt=32, new=64)
 METRICS = {
@@ -212,9 +212,9 @@ def run(sides, case, options, turns):
 
 def of_bandwidth(metric, case, options):
     turns = run(["bandwidth"], case, options, 9)["bandwidth"]
-    rates = [median([rate(s) for s in r["ours"]]) / 1e9 for r in turns]
+    rates = [median([step_rate(s) for s in r["ours"]]) / 1e9 for r in turns]
     limits = [median([s["limit"] for s in r["ours"]]) / 1e9 for r in turns]
-    shares = [median([rate(s) / s["limit"] for s in r["ours"]]) for r in turns]
+    shares = [median([step_rate(s) / s["limit"] for s in r["ours"]]) for r in turns]
     return record(metric, median(rates), "GB/s", rates, limit=median(limits),
                   limit_share=median(shares), config=json.dumps(case))  # fmt: skip
 
@@ -256,7 +256,7 @@ def many_rows(metric, case, options):
     values, limits, shares = [], [], []
     for r in turns:
         pairs = list(zip(r["many"], r["one"], strict=True))
-        step = [(m["seconds"] / m["steps"], o["seconds"] / o["steps"]) for m, o in pairs]
+        step = [(m["step"], o["step"]) for m, o in pairs]
         least = [max(m["bytes"] / m["steps"] / m["limit"], flops / r["flops"]) for m, _ in pairs]
         values.append(median([m / o for m, o in step]))
         limits.append(median([t / o for t, (_, o) in zip(least, step, strict=True)]))

@@ -85,9 +85,8 @@ class Text:
     """The model, its scores on held-out text, and the files to decode."""
 
     def __init__(self, threads, dtype):
-        from eellm.costs import StepCosts
-
         from eellm.decode import exit_depths
+        from eellm.evaluation.costs import StepCosts
         from eellm.model import Model
 
         folder, texts = code_model.find(threads)
@@ -100,9 +99,8 @@ class Text:
         self.costs = StepCosts(self.config, dtype)
 
     def scores(self):
-        from eellm.scoring import cut, score
-
         from eellm import _core
+        from eellm.evaluation.scoring import cut, score
 
         window = self.config.max_position_embeddings
         engine = _core.Engine(self.core, dtype=self.dtype, max_sequences=4)
@@ -141,7 +139,7 @@ def compare(text, request, forced):
 
 
 def side_early_exit(case, threads):
-    from eellm import thresholds
+    from eellm.evaluation import thresholds
 
     text = Text(threads, case["dtype"])
     chosen_on, judged_on = text.scores().halves()
@@ -164,10 +162,12 @@ def side_early_exit(case, threads):
 
 
 def side_speculative(case, threads):
-    from eellm import drafts
+    from eellm.evaluation import drafts
 
     text = Text(threads, case["dtype"])
-    plans = drafts.plans(text.costs, text.scores())[:CANDIDATES]
+    plans = drafts.plans(text.costs, text.scores(), 64)
+    # The best two of each exit: lengths next to the best are much alike.
+    plans = [p for p in plans if p in [q for q in plans if q.exit == p.exit][:2]][:CANDIDATES]
     requests = [
         dict(
             engine="speculative", max_deferred=plan.max_drafts,

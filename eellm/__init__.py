@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from eellm._core import BusyError, CommError, Error, NonFiniteError, build_info
     from eellm.config import ExitConfig, ModelConfig
     from eellm.data import load_tokenizer
-    from eellm.decode import generate
+    from eellm.decode import Generator, generate
+    from eellm.evaluation import Evaluation, evaluate
     from eellm.model import Model
     from eellm.train.config import TrainConfig
     from eellm.train.trainer import Trainer
@@ -20,13 +21,16 @@ _HOMES = {
     "BusyError": "eellm._core",
     "CommError": "eellm._core",
     "Error": "eellm._core",
+    "Evaluation": "eellm.evaluation",
     "ExitConfig": "eellm.config",
+    "Generator": "eellm.decode",
     "Model": "eellm.model",
     "ModelConfig": "eellm.config",
     "NonFiniteError": "eellm._core",
     "TrainConfig": "eellm.train.config",
     "Trainer": "eellm.train.trainer",
     "build_info": "eellm._core",
+    "evaluate": "eellm.evaluation",
     "generate": "eellm.decode",
     "load_tokenizer": "eellm.data",
 }
@@ -35,7 +39,9 @@ __all__ = [
     "BusyError",
     "CommError",
     "Error",
+    "Evaluation",
     "ExitConfig",
+    "Generator",
     "Model",
     "ModelConfig",
     "NonFiniteError",
@@ -43,6 +49,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "build_info",
+    "evaluate",
     "generate",
     "load_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""Exceptions of the native core, and the form of every message about a wrong value."""
+"""Exceptions of the native core and of missing packages, and the one form of all messages."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,20 +10,40 @@ __all__ = [
     "BusyError",
     "CommError",
     "Error",
+    "MissingPackageError",
     "NonFiniteError",
     "Shown",
     "check_integer",
     "check_one_of",
     "invalid",
+    "message",
+    "missing_package",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Error", "NonFiniteError", "CommError", "BusyError"):
+    if name in ("BusyError", "CommError", "Error", "NonFiniteError"):
         from eellm import _core
 
         return getattr(_core, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class MissingPackageError(ValueError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def message(what: str, expected: object, got: object, advice: str = "") -> str:
+    """Returns "WHAT (expected ..., got ...); ADVICE"."""
+    return f"{what} (expected {expected}, got {got})" + (f"; {advice}" if advice else "")
+
+
+def missing_package(purpose: str, package: str) -> MissingPackageError:
+    """The error of a missing optional package, with the command that installs it."""
+    what = f"{purpose} needs the package {package}"
+    return MissingPackageError(
+        message(what, "it installed", "no such module", f"run: pip install {package}")
+    )
 
 
 def invalid(what: str, expected: str, got: object, advice: str = "") -> ValueError:
@@ -31,9 +51,7 @@ def invalid(what: str, expected: str, got: object, advice: str = "") -> ValueErr
     shown = got if isinstance(got, Shown) else repr(got)
     if len(shown) > 200:
         shown = shown[:197] + "..."
-    return ValueError(
-        f"{what} (expected {expected}, got {shown})" + (f"; {advice}" if advice else "")
-    )
+    return ValueError(message(what, expected, shown, advice))
 
 
 class Shown(str):

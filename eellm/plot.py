@@ -1,6 +1,6 @@
-"""Pictures: losses over steps, and which token left at which exit.
+"""Pictures: losses over steps, which token left at which exit, what speed exits give.
 
-Both functions return a matplotlib figure, to be shown in a notebook or saved with `savefig`.
+All functions return a matplotlib figure, to be shown in a notebook or saved with `savefig`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eellm.errors import invalid
+from eellm.errors import Shown, invalid
+from eellm.evaluation.curves import curve
 from eellm.palette import colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from eellm.decode.generation import Generation
+
+__all__ = ["curve", "exit_names", "exits", "losses"]
 
 BITS = 1.0 / math.log(2.0)
 COLUMNS = 88
@@ -85,29 +90,31 @@ def losses(
 
 
 def exits(
-    pieces: Sequence[str],
-    places: Sequence[int],
-    names: Sequence[str],
+    result: Generation,
     *,
-    depths: Sequence[float] | None = None,
-    prompt: str = "",
+    names: Sequence[str] | None = None,
+    prompt: bool = True,
     title: str = "Where each token left the model",
 ) -> Figure:
     """A text with each token on the colour of its exit, and the exits over the tokens below.
 
-    pieces: the texts of the tokens; places: the exit of each, len(names) - 1 is the final one.
-    depths: layers that each exit has behind it, drawn to scale.
+    names: of the exits, the final one last, in place of the result's. prompt: show it before the
+    text. The bars are drawn to the scale of the layers behind each exit.
     """
-    if len(pieces) != len(places) or not len(pieces):
-        expected = f"one exit for each of {len(pieces)} tokens"
-        raise invalid("places", expected, len(places), "pass both of one generation")
-    count = len(names)
-    rows = _layout([(text, -1) for text in _cells(prompt)] + list(zip(pieces, places, strict=True)))
+    places = result.exits.tolist()
+    if not places:
+        raise invalid("no tokens to draw", "a text with one at least", Shown("none"))
+    shown = list(result.exit_names) if names is None else list(names)
+    if len(shown) != len(result.exit_names):
+        expected = f"one for each of {len(result.exit_names)} exits"
+        raise invalid("names has the wrong length", expected, len(shown))
+    before = _cells(result.prompt_text or "") if prompt else []
+    rows = _layout([(text, -1) for text in before] + list(zip(result.shown(), places, strict=True)))
     height = 0.195 * len(rows) + 0.5
     figure, (text_axes, axes) = _figure(9.6, height + 2.3, [height, 1.6])
-    _draw_text(text_axes, rows, count)
+    _draw_text(text_axes, rows, len(shown))
     text_axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    _draw_places(axes, places, names, depths)
+    _draw_places(axes, places, shown, result.exit_depths)
     return figure
 
 
@@ -209,10 +216,10 @@ def _draw_text(axes: Axes, rows: Sequence[Sequence[tuple[int, str, int]]], count
 
 
 def _draw_places(
-    axes: Axes, places: Sequence[int], names: Sequence[str], depths: Sequence[float] | None
+    axes: Axes, places: Sequence[int], names: Sequence[str], depths: Sequence[float]
 ) -> None:
     count = len(names)
-    heights = [float(i + 1) for i in range(count)] if depths is None else list(depths)
+    heights = list(depths)
     at = np.arange(1, len(places) + 1)
     for i, name in enumerate(names):
         mine = np.flatnonzero(np.asarray(places) == i)
@@ -228,5 +235,5 @@ def _draw_places(
     axes.set_ylim(0, max(heights))
     axes.set_yticks([0, *heights])
     axes.set_xlabel("generated token")
-    axes.set_ylabel("exit" if depths is None else "depth [layers]")
+    axes.set_ylabel("depth [layers]")
     axes.legend(frameon=False, fontsize=9, ncols=count, loc="lower left", bbox_to_anchor=(0.0, 1.0))

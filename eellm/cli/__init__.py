@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "train a small early-exit model on real text and watch it write (three minutes)",
     "train": "train a model from a TOML file",
     "generate": "write text with a model, tokens coloured by the exit where they left",
+    "eval": "losses, agreement and speed of every exit on a text; find the best thresholds",
     "data": "make and inspect token files",
     "convert": "turn a model into a Hugging Face directory, add exits, change the number format",
     "info": "print what was built in, threads, bandwidth and matrix rate",
@@ -31,6 +32,7 @@ examples:
   eellm data prepare texts/ -o corpus --tokenizer tokenizer.json
   eellm train run.toml --set train.learning_rate=1e-3
   eellm generate run/model --prompt "def main" --threshold 0.8
+  eellm eval run/model --text held_out.txt
   eellm COMMAND --help                           what a command takes, with examples
 
 EELLM_DEBUG=1 shows tracebacks; docs/CONFIG.md lists all settings and environment variables.

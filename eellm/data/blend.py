@@ -9,7 +9,6 @@ from fractions import Fraction
 
 import numpy as np
 
-from eellm.data.errors import message
 from eellm.data.packing import (
     SPLIT,
     Bools,
@@ -21,6 +20,7 @@ from eellm.data.packing import (
     check_seed,
     permutation,
 )
+from eellm.errors import message
 
 # The longest period of a blend: weights that need a longer one are rounded to parts of it.
 PERIOD = 1 << 17

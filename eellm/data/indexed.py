@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from eellm.data.errors import message
+from eellm.errors import message
 
 Tokens = npt.NDArray[np.integer[Any]]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eellm.data.errors import message
 from eellm.data.packing import POSITION_BITS, Bools, Dataset, Int32s, Int64s, check_samples
+from eellm.errors import message
 
 MASKED = -1
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from eellm.data.errors import message
 from eellm.data.indexed import Tokens
+from eellm.errors import message
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]

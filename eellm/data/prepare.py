@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 
-from eellm.data.errors import message
 from eellm.data.indexed import TokenFileWriter, Tokens
 from eellm.data.tokenizers import Tokenizer
+from eellm.errors import message
 
 EXTENSIONS = (".jsonl", ".txt", ".md")
 _PACKED = {".gz", ".xz"}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eellm.data.errors import message, missing_package
+from eellm.errors import message, missing_package
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 

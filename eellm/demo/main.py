@@ -21,9 +21,9 @@ from eellm.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from eellm.data import Tokenizer
-    from eellm.generation import Generation
+    from eellm.decode.generation import Generation
+    from eellm.evaluation.thresholds import Choice
     from eellm.model import Model
-    from eellm.thresholds import Choice
     from eellm.train.trainer import Trainer
 
 VOCABULARY = 1024
@@ -239,7 +239,7 @@ def _results(corpus: Corpus, data: Data, trainer: Trainer, steps: int) -> dict[s
 
 def _choose(confidence: Any, correct: Any, depths: Sequence[float]) -> Choice:
     """Thresholds that leave something to every exit, or fewer of them where that can't be had."""
-    from eellm import thresholds
+    from eellm.evaluation import thresholds
 
     agreement = AGREEMENT + AGREEMENT_ROOM
     for share in (SHARE + SHARE_ROOM, SHARE):
@@ -254,8 +254,8 @@ def _choose(confidence: Any, correct: Any, depths: Sequence[float]) -> Choice:
 
 def _thresholds(trainer: Trainer, data: Data, found: dict[str, Any]) -> Choice:
     """Chooses thresholds on one half of the validation text and judges them on the other."""
-    from eellm import thresholds
     from eellm.data import validation_batches
+    from eellm.evaluation import thresholds
 
     windows = min(2 * CALIBRATION_WINDOWS, data.valid.window_count)
     batches = validation_batches(data.valid, MICRO_BATCH, 1, windows=windows)
@@ -305,7 +305,7 @@ def _write(
         "temperature": 0.7,
         "top_p": 0.95,
         "seed": seed,
-        "stop_tokens": (),
+        "stop_token_ids": (),
         "tokenizer": data.tokenizer,
     }
     prompts = [_fitting(text, data.tokenizer) for text in prompt_texts(corpus)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from eellm.generation import Generation
+    from eellm.decode.generation import Generation
     from eellm.train.trainer import Trainer
 
 
@@ -86,13 +86,7 @@ def pictures(
     figure = plot.losses(trainer.history, names, unigram=entropy, title="Loss of every exit")
     figure.savefig(folder / "losses.png")
     first = texts["early"][0]
-    figure = plot.exits(
-        list(first.pieces),
-        first.exits.tolist(),
-        names,
-        depths=first.exit_depths,
-        prompt=first.prompt_text or "",
-    )
+    figure = plot.exits(first, names=names)
     figure.savefig(folder / "exits.png")
     return {"losses": str(folder / "losses.png"), "exits": str(folder / "exits.png")}
 

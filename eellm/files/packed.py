@@ -74,10 +74,9 @@ def load_from_model(engine: "_core.Engine", core: "_core.Model", progress: bool 
 
 
 def _dtype_of(sources: Sequence[directory.Source]) -> str:
-    """What the files have, where an engine has it too: float16 has no place but float32."""
-    total = sum(each.nbytes for each in sources)
-    narrow = sum(each.nbytes for each in sources if each.dtype == "BF16")
-    return "bfloat16" if 2 * narrow > total else "float32"
+    """bfloat16 where all matrices of the files are, so that no value changes; else float32."""
+    matrices = [each for each in sources if len(each.row["shape"]) == 2]
+    return "bfloat16" if all(each.dtype == "BF16" for each in matrices) else "float32"
 
 
 def _bar(total: int, progress: bool) -> Any:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from eellm.thresholds import choose, outcome, places
+from eellm.evaluation.thresholds import choose, outcome, places
 
 
 def made(count, exits, seed):

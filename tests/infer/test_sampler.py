@@ -95,7 +95,7 @@ def test_penalties_of_written_tokens(count):
     text = history(tokens, prompt)
     times = np.bincount(tokens[prompt:], minlength=vocab)
     with Sampler(vocab) as sampler:
-        for presence, frequency in ((0.5, 0), (0, 0.3), (1.5, -0.7), (-2, 1.5)):
+        for presence, frequency in ((0.5, 0), (0, 0.3), (1.5, -0.7), (-2, 1.3)):
             settings = sampling(presence_penalty=presence, frequency_penalty=frequency)
             wide = [float(np.float32(x)) for x in (presence, frequency)]
             expected = logits - wide[1] * times - wide[0] * (times > 0)
@@ -279,7 +279,7 @@ def test_extremes(temperature, truncation):
             weights, total = sampler.weigh(sampling(temperature=temperature, **truncation), logits)
             assert weights[logits.argmax()] == 1 and 1 <= total <= 4
             assert (weights[logits == -np.inf] == 0).all()
-            assert abs(total - weights.sum()) <= 4 * 2.0**-52 * total
+            assert math.isclose(total, weights.sum(), rel_tol=4 * EPS)
             for u in (0.0, 0.5, ALMOST_ONE):
                 assert weights[draw(weights, total, u)] > 0
 
@@ -287,14 +287,14 @@ def test_extremes(temperature, truncation):
 def test_weights_are_equal_on_every_machine():
     """The digest is of IEEE operations in a fixed order: no compiler, library or instruction set
     may change it."""
-    i = np.arange(3001, dtype=np.float32)
-    logits = (i * i * 7919 % 3001) / np.float32(64) - np.float32(20)
+    i = np.arange(3001)
+    logits = (i * i * 7919 % 3001).astype(np.float32) / 64 - 20
     digest = hashlib.sha256()
     with Sampler(3001) as sampler:
         for settings in (*TRUNCATIONS, {"temperature": 0.05}):
             weights, total = sampler.weigh(sampling(**settings), logits)
             digest.update(weights.tobytes() + np.float64(total).tobytes())
-    assert digest.hexdigest()[:16] == "e36170fca5f2f2bc"
+    assert digest.hexdigest()[:16] == "9ceb46eb9eb29dac"
 
 
 def test_exponentials():

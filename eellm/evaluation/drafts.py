@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from eellm.costs import StepCosts
-    from eellm.scoring import Scores
+    from eellm.evaluation.costs import StepCosts
+    from eellm.evaluation.scoring import WindowScores
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)
@@ -38,12 +38,12 @@ class DraftPlan:
     tokens_per_pass: float
 
 
-def plan(costs: StepCosts, scores: Scores) -> DraftPlan | None:
+def plan(costs: StepCosts, scores: WindowScores) -> DraftPlan | None:
     """The plan with the most tokens for the bytes, or None for a model that can't draft."""
     return next(iter(plans(costs, scores)), None)
 
 
-def plans(costs: StepCosts, scores: Scores, count: int = 8) -> list[DraftPlan]:
+def plans(costs: StepCosts, scores: WindowScores, count: int = 8) -> list[DraftPlan]:
     """The best plans over all exits and lengths, the best first.
 
     Each exit and length comes once, with its best threshold; no more than `count` of them. None for
@@ -54,7 +54,7 @@ def plans(costs: StepCosts, scores: Scores, count: int = 8) -> list[DraftPlan]:
     return sorted(found, key=lambda each: -each.predicted)[:count]
 
 
-def _plans_of(exit: int, costs: StepCosts, scores: Scores) -> Iterator[DraftPlan]:
+def _plans_of(exit: int, costs: StepCosts, scores: WindowScores) -> Iterator[DraftPlan]:
     """The best threshold for each length of an exit."""
     confidence, correct = scores.confidence[exit], scores.correct[exit]
     limits = np.asarray(THRESHOLDS, np.float32)
@@ -62,11 +62,12 @@ def _plans_of(exit: int, costs: StepCosts, scores: Scores) -> Iterator[DraftPlan
     agreeing = _runs(correct[None], scores.starts)[0]
     drafts = np.tile(np.arange(len(THRESHOLDS)), len(LENGTHS))
     lengths = np.repeat(LENGTHS, len(THRESHOLDS))
-    tried, taken, passes = _decode(confident, agreeing, drafts, lengths, scores)
+    tried, taken, passes, asked = _decode(confident, agreeing, drafts, lengths, scores)
     active = [each == exit for each in range(costs.early)]
-    step = costs.leaving(active)
     tokens = taken + passes
-    paid = tried * step[exit] + passes * step[-1]
+    # A pass after the last draft that there is room for does not ask the exit.
+    paid = tried * costs.leaving(active)[exit]
+    paid = paid + passes * costs.full() + asked * costs.checks[exit]
     predicted = (tokens * costs.full() / paid).reshape(len(LENGTHS), len(THRESHOLDS))
     for row, threshold in enumerate(predicted.argmax(1).tolist()):
         at = row * len(THRESHOLDS) + threshold
@@ -96,9 +97,10 @@ def _decode(
     agreeing: npt.NDArray[np.int32],
     drafts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
-    scores: Scores,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(drafts, accepted drafts, passes) of decoding all windows with each of k settings.
+    scores: WindowScores,
+) -> tuple[npt.NDArray[np.int64], ...]:
+    """(drafts, accepted drafts, passes, those of them that asked the exit) of decoding all windows
+    with each of k settings.
 
     All settings and windows move on together, from pass to pass. What would be drafted after a
     wrong draft is taken to be as confident as the text is there.
@@ -106,18 +108,18 @@ def _decode(
     starts = scores.starts
     ends = np.append(starts[1:], scores.tokens)
     at = np.tile(starts, (len(drafts), 1))
-    made = np.zeros(len(drafts), np.int64)
-    taken, passes = made.copy(), made.copy()
+    made, taken, passes, asked = np.zeros((4, len(drafts)), np.int64)
     while True:
         alive = at < ends
         if not alive.any():
-            return made, taken, passes
+            return made, taken, passes, asked
         here = np.minimum(at, ends - 1)
         # The last token of a window comes from the final exit.
-        wanted = np.minimum(confident[drafts[:, None], here], lengths[:, None])
-        wanted = np.minimum(wanted, ends - 1 - here)
+        most = np.minimum(lengths[:, None], ends - 1 - here)
+        wanted = np.minimum(confident[drafts[:, None], here], most)
         good = np.minimum(wanted, agreeing[here])
         made += (wanted * alive).sum(1)
         taken += (good * alive).sum(1)
         passes += alive.sum(1)
+        asked += (alive & (wanted < most)).sum(1)
         at = here + np.where(alive, good + 1, scores.tokens)

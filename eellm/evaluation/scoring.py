@@ -20,7 +20,7 @@ Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Scores:
+class WindowScores:
     """Every token of the windows but the first of each, in the order of the text.
 
     confidence, logprob [E, n] (of the token that follows in the text), correct [E, n]: whether the
@@ -39,13 +39,13 @@ class Scores:
         """Scored tokens."""
         return self.confidence.shape[1]
 
-    def part(self, chosen: Sequence[int]) -> Scores:
+    def part(self, chosen: Sequence[int]) -> WindowScores:
         """Some of the windows."""
         ends = np.append(self.starts, self.tokens)
         pieces = [np.arange(ends[i], ends[i + 1]) for i in chosen]
         index = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
         lengths = np.array([len(piece) for piece in pieces], np.int64)
-        return Scores(
+        return WindowScores(
             self.confidence[:, index],
             self.logprob[:, index],
             self.correct[:, index],
@@ -53,7 +53,7 @@ class Scores:
             np.cumsum(lengths) - lengths,
         )
 
-    def halves(self) -> tuple[Scores, Scores]:
+    def halves(self) -> tuple[WindowScores, WindowScores]:
         """Every second window, and the others."""
         count = len(self.windows)
         return self.part(range(0, count, 2)), self.part(range(1, count, 2))
@@ -96,10 +96,15 @@ def score(
     *,
     together: int = 4,
     progress: Callable[[int], object] | None = None,
-) -> Scores:
-    """Scores windows, `together` of them at a time. progress: called with tokens that are done."""
+) -> WindowScores:
+    """WindowScores windows, up to `together` of them at a time as there is room.
+
+    progress: called with the number of tokens that are done.
+    """
     if not windows:
         raise invalid("nothing to score", "two tokens or more", Shown("fewer"), "give more text")
+    from eellm._core import BusyError
+
     lengths = np.array([len(each) - 1 for each in windows], np.int64)
     starts = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
@@ -110,8 +115,14 @@ def score(
         base: dict[int, int] = {}
         while waiting or numbers:
             while waiting and len(numbers) < together:
-                index, tokens = waiting.popleft()
-                number = engine.score(tokens)
+                index, tokens = waiting[0]
+                try:
+                    number = engine.score(tokens)
+                except BusyError:
+                    if numbers:
+                        break
+                    raise
+                waiting.popleft()
                 numbers.add(number)
                 base[number] = int(starts[index]) - 1
             events = engine.step()
@@ -123,7 +134,7 @@ def score(
             numbers.difference_update(events["sequence"][events["done"] != 0].tolist())
             if progress:
                 progress(len(events))
-    return Scores(**arrays, windows=windows, starts=starts)
+    return WindowScores(**arrays, windows=windows, starts=starts)
 
 
 def _arrays(exits: int, total: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Chooses the exits that are looked at, and the confidence at which each lets a token go.
 
 What is chosen from are the confidences of every exit on text that is not trained on, and whether an
-exit's most likely token is the final exit's (`Trainer.evaluate(collect=True)`, `eellm.scoring`):
-the exits that the decode rule would take on that text follow without running the model again.
+exit's most likely token is the final exit's (`Trainer.evaluate(collect=True)`, `WindowScores`): the
+exits that the decode rule would take on that text follow without running the model again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eellm.errors import Shown, invalid
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 # Cost of a token that leaves at each exit [E], when these early exits are looked at.
-Cost = Callable[[Sequence[bool]], Sequence[float] | npt.NDArray[np.float64]]
+Cost = Callable[[Sequence[bool]], Sequence[float] | npt.NDArray[Any]]
 
 # Below 1, because 1 means never.
 _HIGHEST = float(np.nextafter(np.float32(1), np.float32(0)))

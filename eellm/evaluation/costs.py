@@ -137,5 +137,7 @@ class StepCosts:
         before[starts] = np.maximum(before[starts], np.asarray(starts) - 1)
         run = index - np.maximum.accumulate(before)
         capped = deferred & (run % (self.max_deferred + 1) == 0)
+        # Nothing follows the last token of a text that would need its keys and values.
+        capped[np.append(starts[1:], len(places)) - 1] = False
         ends = np.append(self.capped(active), 0)
         return np.where(capped, ends[places], self.leaving(active)[places])
