@@ -23,7 +23,8 @@ from benchmarks.code_model import FILES, PROMPT, TOKENS
 from benchmarks.common import arguments, in_turns, median, record, report
 
 METRICS = {
-    "early_exit_99_agreement_vs_full": dict(agreement=0.99, dtype="float32"),
+    # Two standard errors above 0.99, which it is then judged to reach on the other half.
+    "early_exit_99_agreement_vs_full": dict(agreement=0.992, dtype="float32"),
     "speculative_vs_full_greedy": dict(dtype="float32"),
     "speculative_replayed_0_7": {},
 }
