@@ -267,6 +267,10 @@ class Engine:
         """Sequences in flight, and those whose last events have not been handed out."""
 
     @property
+    def dtype(self) -> str:
+        """Of the packed weights: "float32" or "bfloat16"."""
+
+    @property
     def stats(self) -> dict[str, int]:
         """steps; half_layers (that ran, summed over rows) and head_rows (rows through an output
         matrix); bytes_read (of packed matrices, each counted once a product); drafts and accepted;

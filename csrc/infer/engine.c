@@ -284,6 +284,7 @@ struct ee_engine_stats ee_engine_stats(const struct ee_engine *engine) {
                                     .bytes_read = engine->runner.bytes_read,
                                     .drafts = engine->drafts,
                                     .accepted = engine->accepted,
+                                    .dtype = engine->weights->dtype,
                                     .weight_bytes = (int64_t)engine->weights->arena.capacity,
                                     .cache_bytes = 2 * cache->layers * cache->pages * page};
 }

@@ -137,6 +137,7 @@ struct ee_engine_stats {
     int64_t bytes_read;  /* of packed matrices, each counted once a product */
     int64_t drafts, accepted;
     int64_t weight_bytes, cache_bytes;
+    enum ee_dtype dtype; /* of the packed weights */
 };
 
 struct ee_engine_stats ee_engine_stats(const struct ee_engine *engine);

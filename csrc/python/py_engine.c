@@ -14,6 +14,8 @@ struct engine_object {
 /* In the order of enum ee_engine_kind. */
 static const char *const engine_names[] = {"full", "deferred", "recompute", "speculative", NULL};
 
+static const char *const dtype_names[] = {"float32", "bfloat16", NULL};
+
 static struct engine_object *self_of(PyObject *object) {
     return (struct engine_object *)object;
 }
@@ -51,7 +53,6 @@ static PyObject *make_event_dtype(int exits) {
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"model", "dtype", "max_sequences", "max_length", "positions",
                             "empty", NULL};
-    static const char *const dtypes[] = {"float32", "bfloat16", NULL};
     struct module_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype = "float32";
@@ -66,7 +67,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
                      (PyObject *)Py_TYPE(model));
         return NULL;
     }
-    int index = name_index("dtype of the weights", dtype, dtypes);
+    int index = name_index("dtype of the weights", dtype, dtype_names);
     if (index < 0)
         return NULL;
     struct engine_object *self = self_of(PyType_GenericAlloc(type, 0));
@@ -428,6 +429,13 @@ static PyObject *get_stats(PyObject *object, void *unused) {
                          (long long)stats.cache_bytes);
 }
 
+static PyObject *get_dtype(PyObject *object, void *unused) {
+    (void)unused;
+    /* It never changes, so a step may be under way. */
+    struct ee_engine_stats stats = ee_engine_stats(self_of(object)->engine);
+    return PyUnicode_FromString(dtype_names[stats.dtype == EE_BF16]);
+}
+
 static PyMethodDef methods[] = {
     {"load", load, METH_VARARGS, "load($self, name, values, /)\n--\n\nPacks a parameter."},
     {"add", (PyCFunction)(void (*)(void))add, METH_VARARGS | METH_KEYWORDS,
@@ -452,6 +460,7 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef getset[] = {
     {"active", get_active, NULL, "Sequences in flight.", NULL},
+    {"dtype", get_dtype, NULL, "Of the packed weights.", NULL},
     {"stats", get_stats, NULL, "Work done so far, and memory.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -15,7 +15,7 @@ from eellm.errors import Shown, check_integer, invalid
 from eellm.evaluation import drafts, thresholds
 from eellm.evaluation.costs import StepCosts
 from eellm.evaluation.drafts import DraftPlan
-from eellm.evaluation.scoring import Tokens, WindowScores, cut, running, score
+from eellm.evaluation.scoring import Tokens, WindowScores, cut, score
 from eellm.evaluation.speed import FULL, Pieces, Speed, measure
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ def _open(
     model: Any, dtype: str | None, threads: int, progress: bool
 ) -> tuple[ModelConfig, _core.Engine, str, Any]:
     """(config, engine, dtype of the weights, what finds the tokenizer) of anything with a model."""
+    from eellm.decode import Generator
+
     if isinstance(model, str | os.PathLike):
         from eellm.data import load_tokenizer
         from eellm.files.locate import find_folder
@@ -214,13 +216,13 @@ def _open(
 
         folder = find_folder(model)
         config, _, engine = load_engine(folder, dtype, threads, max_sequences=4, progress=progress)
-        return config, engine, _dtype_of(config, engine), lambda: load_tokenizer(folder)
-    held = getattr(model, "_engine", None)
+        return config, engine, engine.dtype, lambda: load_tokenizer(folder)
+    held = model.core if isinstance(model, Generator) else None
     if held is not None:
         if dtype is not None:
             advice = "leave dtype out, or pass the model"
             raise invalid("dtype is given beside a generator", "None", dtype, advice)
-        return model.config, held, _dtype_of(model.config, held), lambda: model.tokenizer
+        return model.config, held, held.dtype, lambda: model.tokenizer
     if not hasattr(model, "core"):
         raise invalid("model is invalid", "a Model, a Generator or a directory", model)
     from eellm import _core
@@ -228,16 +230,6 @@ def _open(
     dtype = dtype or "float32"
     engine = _core.Engine(model.core, dtype=dtype, max_sequences=4)
     return model.config, engine, dtype, lambda: model.tokenizer
-
-
-def _dtype_of(config: ModelConfig, engine: _core.Engine) -> str:
-    """The dtype of an engine's weights, by what a step reads."""
-    with running(engine) as numbers:
-        before = engine.stats["bytes_read"]
-        numbers.add(engine.add(np.zeros(1, np.int32), max_new_tokens=1, **FULL))
-        engine.step()
-        read = engine.stats["bytes_read"] - before
-    return "float32" if read == StepCosts(config, "float32").full() else "bfloat16"
 
 
 def _documents(text: Any, config: ModelConfig, tokenizer: Any, bos: bool | None) -> list[Tokens]:

@@ -157,14 +157,10 @@ def test_short_texts(count):
     assert "too short" in str(result) and result._repr_html_()
 
 
-def test_dtype_is_told_by_what_steps_read(found):
-    from eellm.evaluation import _dtype_of
-
+def test_an_engine_knows_its_dtype(found):
     model, _, _ = found
     for dtype in ("float32", "bfloat16"):
-        engine = _core.Engine(model.core, dtype=dtype)
-        assert _dtype_of(model.config, engine) == dtype
-        assert engine.active == 0
+        assert _core.Engine(model.core, dtype=dtype).dtype == dtype
 
 
 def test_what_is_refused():
