@@ -283,6 +283,24 @@ def measure_bandwidth(threads: int, mebibytes: int, /) -> float:
 def measure_flops(threads: int, isa: str, /) -> float:
     """Rate of a large matrix product of this package in FLOP/s."""
 
+def schedule_actions(spec: tuple[Any, ...], rank: int, /) -> npt.NDArray[np.uint64]:
+    """The list of a pipeline rank, an action in 8 bytes: kind and flags uint8, chunk uint16,
+    microbatch int32. spec: (name, ranks, chunks, microbatches, fill1, fill2_depths int32 or None,
+    exit_ranks bool [P] or None), see csrc/train/schedule.h."""
+
+def schedule_walk(
+    spec: tuple[Any, ...],
+    costs: Mapping[str, Any] | None,
+    lists: Sequence[npt.NDArray[np.uint64]] | None,
+    trace: bool,
+    /,
+) -> dict[str, Any]:
+    """Proves the lists of a spec, or `lists` in their place, and says what they take.
+
+    costs: float64 [P chunks] forward, backward, backward_input, backward_weight, kept_bytes,
+    transient_bytes; static_bytes [P]; message. Returns start, end, busy, peak_bytes, slots, actions
+    [P], and with trace the times [sum of actions, 2], rank by rank, else None."""
+
 def alloc_stats() -> tuple[int, int, int]:
     """(allocations since start, live allocations, live bytes)"""
 

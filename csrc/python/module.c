@@ -130,6 +130,11 @@ static PyMethodDef methods[] = {
      "Read bandwidth of memory, bytes/s."},
     {"measure_flops", measure_flops, METH_VARARGS,
      "measure_flops($module, threads, isa, /)\n--\n\nRate of a large matrix product, FLOP/s."},
+    {"schedule_actions", schedule_actions, METH_VARARGS,
+     "schedule_actions($module, spec, rank, /)\n--\n\nThe list of a pipeline rank."},
+    {"schedule_walk", schedule_walk, METH_VARARGS,
+     "schedule_walk($module, spec, costs, lists, trace, /)\n--\n\n"
+     "Proves lists, and says what they take."},
     {"set_log", set_log, METH_O,
      "set_log($module, callback, /)\n--\n\n"
      "callback(level, line) receives the core's log; None restores the default."},

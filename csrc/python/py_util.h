@@ -108,6 +108,10 @@ PyTypeObject *create_type(PyObject *module, PyType_Spec *spec);
 /* Addresses of the core's functions by name, for tests (symbols.c). */
 PyObject *symbols(PyObject *module, PyObject *unused);
 
+/* Lists of schedules, and their price (py_schedule.c). */
+PyObject *schedule_actions(PyObject *module, PyObject *args);
+PyObject *schedule_walk(PyObject *module, PyObject *args);
+
 /* Measurements and build information (measure.c). */
 PyObject *build_info(PyObject *module, PyObject *unused);
 PyObject *measure_bandwidth(PyObject *module, PyObject *args);

@@ -1,127 +1,205 @@
 #include "train/schedule.h"
 
-#include "base/alloc.h"
-
+#include <math.h>
 #include <string.h>
 
-static const char *const names[] = {[EE_SCHEDULE_GPIPE] = "gpipe", [EE_SCHEDULE_1F1B] = "1f1b"};
+static const char *const names[EE_SCHEDULE_KINDS] = {
+    [EE_SCHEDULE_GPIPE] = "gpipe",
+    [EE_SCHEDULE_1F1B] = "1f1b",
+    [EE_SCHEDULE_INTERLEAVED] = "interleaved",
+    [EE_SCHEDULE_ZERO_BUBBLE] = "zero_bubble",
+};
+
+const char *ee_schedule_name(enum ee_schedule_kind kind) {
+    return names[kind];
+}
 
 enum ee_status ee_schedule_from_name(enum ee_schedule_kind *kind, const char *name) {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < EE_SCHEDULE_KINDS; i++) {
         if (strcmp(name, names[i]) == 0) {
             *kind = (enum ee_schedule_kind)i;
             return EE_OK;
         }
     }
-    EE_FAIL(EE_ERR_INVALID, "unknown schedule '%s' (expected 1f1b or gpipe)", name);
+    EE_FAIL(EE_ERR_INVALID,
+            "unknown schedule '%s' (expected gpipe, 1f1b, interleaved or zero_bubble)", name);
 }
 
-enum ee_status ee_schedule_create(struct ee_schedule **out, enum ee_schedule_kind kind,
-                                  int32_t microbatches) {
-    *out = NULL;
-    if (microbatches < 1 || microbatches > 1 << 20)
-        EE_FAIL(EE_ERR_INVALID, "a step needs 1 to %d microbatches, got %d", 1 << 20, microbatches);
-    void *memory;
-    EE_TRY(ee_alloc(&memory, sizeof(struct ee_schedule), "a schedule"));
-    struct ee_schedule *schedule = memory;
-    schedule->microbatches = microbatches;
-    schedule->count = 2 * microbatches;
-    enum ee_status status =
-        ee_alloc(&memory, sizeof(struct ee_step_action) * (size_t)schedule->count, "a schedule");
-    if (status != EE_OK) {
-        ee_schedule_destroy(schedule);
-        return status;
+static enum ee_status check_fill(const struct ee_schedule_spec *spec) {
+    if (spec->fill1 < 0 || spec->fill2 < 0 || spec->fill1 >= spec->ranks + (spec->ranks == 1) ||
+        spec->fill2 >= spec->ranks + (spec->ranks == 1))
+        EE_FAIL(EE_ERR_INVALID,
+                "each part of the bubbles takes 0 to %d microbatches on %d ranks, got %d and %d",
+                spec->ranks - 1, spec->ranks, spec->fill1, spec->fill2);
+    if (spec->fill1 + spec->fill2 > 0 && spec->kind != EE_SCHEDULE_1F1B)
+        EE_FAIL(EE_ERR_INVALID, "bubbles are filled with the schedule 1f1b, got %s",
+                names[spec->kind]);
+    for (int32_t i = 0; i < spec->fill2; i++) {
+        int32_t most = i > 0 ? spec->fill2_depth[i - 1] : spec->ranks;
+        if (spec->fill2_depth[i] < 1 || spec->fill2_depth[i] > most)
+            EE_FAIL(EE_ERR_INVALID,
+                    "backwards of Part 2 run through fewer and fewer ranks: that of microbatch %d "
+                    "through 1 to %d, got %d",
+                    i, most, spec->fill2_depth[i]);
     }
-    schedule->actions = memory;
-    schedule->slots = kind == EE_SCHEDULE_GPIPE ? microbatches : 1;
-    for (int32_t m = 0; m < microbatches; m++) {
-        int32_t forward = kind == EE_SCHEDULE_GPIPE ? m : 2 * m;
-        int32_t backward = kind == EE_SCHEDULE_GPIPE ? microbatches + m : 2 * m + 1;
-        int32_t slot = m % schedule->slots;
-        schedule->actions[forward] = (struct ee_step_action){EE_STEP_FORWARD, m, slot};
-        schedule->actions[backward] = (struct ee_step_action){EE_STEP_BACKWARD, m, slot};
-    }
-    *out = schedule;
     return EE_OK;
 }
 
-void ee_schedule_destroy(struct ee_schedule *schedule) {
-    if (!schedule)
+enum ee_status ee_schedule_check(const struct ee_schedule_spec *spec) {
+    if (spec->ranks < 1 || spec->ranks > EE_MAX_RANKS)
+        EE_FAIL(EE_ERR_INVALID, "a pipeline has 1 to %d ranks, got %d", EE_MAX_RANKS, spec->ranks);
+    if (spec->microbatches < 1 || spec->microbatches > EE_MAX_MICROBATCHES)
+        EE_FAIL(EE_ERR_INVALID, "a step needs 1 to %d microbatches, got %d", EE_MAX_MICROBATCHES,
+                spec->microbatches);
+    if (spec->chunks < 1 || spec->chunks > 1024)
+        EE_FAIL(EE_ERR_INVALID, "a rank has 1 to 1024 chunks, got %d", spec->chunks);
+    if (spec->chunks > 1 && spec->kind != EE_SCHEDULE_INTERLEAVED)
+        EE_FAIL(EE_ERR_INVALID,
+                "several chunks a rank need the schedule interleaved, got %d with %s", spec->chunks,
+                names[spec->kind]);
+    return check_fill(spec);
+}
+
+int32_t ee_schedule_fill_count(int32_t ranks, double ratio) {
+    /* The tiny part keeps exact quotients from being rounded down. */
+    return (int32_t)floor((ranks - 1) / (1 / ratio + 1) + 1e-9);
+}
+
+int32_t ee_schedule_fill_depth(int32_t ranks, double ratio, int32_t i) {
+    return (int32_t)floor(ranks - (i + 1) * (1 / ratio + 1) + 1e-9);
+}
+
+/* -- Part 1 of bubble filling -- */
+
+/* The last rank that microbatch i of Part 1 reaches, -1 for none. */
+static int32_t fill1_tail(const struct ee_schedule_spec *spec, int32_t i) {
+    int32_t tail = spec->fill1 - 1 - i;
+    while (tail >= 0 && spec->exit_ranks && !spec->exit_ranks[tail])
+        tail--;
+    return tail;
+}
+
+/* Microbatches of Part 1 that come to a rank: the first ones, as later ones reach less far. */
+static int32_t fill1_count(const struct ee_schedule_spec *spec, int32_t rank) {
+    int32_t count = 0;
+    while (count < spec->fill1 && fill1_tail(spec, count) >= rank)
+        count++;
+    return count;
+}
+
+/* Forwards in their order, then the backwards from the last one back: it turns first. */
+static struct ee_step_action fill1_action(const struct ee_schedule_iterator *it, int64_t i) {
+    int64_t count = it->fill_count / 2;
+    bool forward = i < count;
+    int32_t which = (int32_t)(forward ? i : 2 * count - 1 - i);
+    bool tail = fill1_tail(it->spec, which) == it->rank;
+    uint8_t flags = forward ? EE_STEP_KEEPS : 0;
+    if (forward ? it->rank > 0 : !tail)
+        flags |= EE_STEP_RECEIVES;
+    if (forward ? !tail : it->rank > 0)
+        flags |= EE_STEP_SENDS;
+    return (struct ee_step_action){forward ? EE_STEP_FORWARD : EE_STEP_BACKWARD, flags, 0,
+                                   it->spec->microbatches + which};
+}
+
+/* -- Lists -- */
+
+/* Whether the backward of a full or a Part-2 microbatch covers the rank. */
+static bool covered(const struct ee_schedule_spec *spec, int32_t rank, int64_t k) {
+    int64_t i = k - spec->microbatches;
+    return i < 0 || spec->ranks - rank <= spec->fill2_depth[i];
+}
+
+/* The next microbatch and chunk. With several chunks, groups of P microbatches go through the
+ * chunks one after the other; the last group is padded. */
+static void advance(const struct ee_schedule_spec *spec, struct ee_schedule_place *place,
+                    int32_t *microbatch, int32_t *chunk) {
+    *microbatch = place->base + place->within;
+    *chunk = place->chunk;
+    place->within++;
+    if (spec->chunks == 1 || place->within < spec->ranks)
         return;
-    ee_free(schedule->actions);
-    ee_free(schedule);
-}
-
-/* What the validator knows after a prefix of the list. */
-struct progress {
-    int32_t *occupant;  /* [slots] microbatch whose activations the slot holds, -1: none */
-    uint8_t *forwarded; /* [microbatches] */
-    int32_t backwards;  /* done so far: the next one must be of this microbatch */
-    int32_t slots_used;
-};
-
-static enum ee_status check_action(const struct ee_schedule *schedule, struct progress *p,
-                                   int32_t i) {
-    const struct ee_step_action *a = &schedule->actions[i];
-    if (a->microbatch < 0 || a->microbatch >= schedule->microbatches)
-        EE_FAIL(EE_ERR_INVALID, "action %d: microbatch must lie between 0 and %d, got %d", i,
-                schedule->microbatches - 1, a->microbatch);
-    if (a->slot < 0 || a->slot >= schedule->slots)
-        EE_FAIL(EE_ERR_INVALID, "action %d: slot must lie between 0 and %d, got %d", i,
-                schedule->slots - 1, a->slot);
-    if (a->kind == EE_STEP_FORWARD) {
-        if (p->forwarded[a->microbatch])
-            EE_FAIL(EE_ERR_INVALID, "action %d: microbatch %d goes forward twice", i,
-                    a->microbatch);
-        if (p->occupant[a->slot] >= 0)
-            EE_FAIL(EE_ERR_INVALID, "action %d: slot %d still holds microbatch %d", i, a->slot,
-                    p->occupant[a->slot]);
-        p->forwarded[a->microbatch] = 1;
-        p->occupant[a->slot] = a->microbatch;
-        p->slots_used = (int32_t)ee_max(p->slots_used, a->slot + 1);
-        return EE_OK;
+    place->within = 0;
+    if (++place->chunk == spec->chunks) {
+        place->chunk = 0;
+        place->base += spec->ranks;
     }
-    if (p->occupant[a->slot] != a->microbatch)
-        EE_FAIL(EE_ERR_INVALID, "action %d: slot %d does not hold microbatch %d", i, a->slot,
-                a->microbatch);
-    if (p->backwards != a->microbatch)
-        EE_FAIL(EE_ERR_INVALID,
-                "action %d: backward of microbatch %d before that of %d; gradients accumulate in "
-                "ascending order",
-                i, a->microbatch, p->backwards);
-    p->backwards++;
-    p->occupant[a->slot] = -1;
-    return EE_OK;
 }
 
-static enum ee_status check_list(const struct ee_schedule *schedule, struct progress *p) {
-    for (int32_t s = 0; s < schedule->slots; s++)
-        p->occupant[s] = -1;
-    for (int32_t i = 0; i < schedule->count; i++)
-        EE_TRY(check_action(schedule, p, i));
-    if (p->backwards != schedule->microbatches)
-        EE_FAIL(EE_ERR_INVALID, "the list ends after %d of %d backwards", p->backwards,
-                schedule->microbatches);
-    if (p->slots_used != schedule->slots)
-        EE_FAIL(EE_ERR_INVALID, "the list uses %d slots, %d are stated", p->slots_used,
-                schedule->slots);
-    return EE_OK;
+static struct ee_step_action full_action(const struct ee_schedule_iterator *it, uint8_t kind,
+                                         int32_t microbatch, int32_t chunk) {
+    const struct ee_schedule_spec *spec = it->spec;
+    int64_t global = (int64_t)chunk * spec->ranks + it->rank;
+    bool first = global == 0, last = global == (int64_t)spec->ranks * spec->chunks - 1;
+    bool kept = covered(spec, it->rank, microbatch);
+    bool below = it->rank > 0 && spec->fill2 > 0 ? covered(spec, it->rank - 1, microbatch) : true;
+    uint8_t flags = 0;
+    if (kind == EE_STEP_FORWARD)
+        flags = (uint8_t)((first ? 0 : EE_STEP_RECEIVES) | (last ? 0 : EE_STEP_SENDS) |
+                          (kept ? EE_STEP_KEEPS : 0));
+    else if (kind != EE_STEP_BACKWARD_WEIGHT)
+        flags = (uint8_t)((last ? 0 : EE_STEP_RECEIVES) | (first || !below ? 0 : EE_STEP_SENDS));
+    /* Part 2 is numbered behind Part 1. */
+    if (microbatch >= spec->microbatches)
+        microbatch += spec->fill1;
+    return (struct ee_step_action){kind, flags, (uint16_t)chunk, microbatch};
 }
 
-enum ee_status ee_schedule_validate(const struct ee_schedule *schedule) {
-    if (schedule->microbatches < 1 || schedule->slots < 1)
-        EE_FAIL(EE_ERR_INVALID,
-                "a schedule has at least one microbatch and one slot, got %d and %d",
-                schedule->microbatches, schedule->slots);
-    struct progress progress = {0};
-    void *memory;
-    EE_TRY(ee_alloc(&memory, sizeof(int32_t) * (size_t)schedule->slots, "a schedule check"));
-    progress.occupant = memory;
-    enum ee_status status = ee_alloc(&memory, (size_t)schedule->microbatches, "a schedule check");
-    progress.forwarded = memory;
-    if (status == EE_OK)
-        status = check_list(schedule, &progress);
-    ee_free(progress.occupant);
-    ee_free(progress.forwarded);
-    return status;
+struct ee_schedule_iterator ee_schedule_begin(const struct ee_schedule_spec *spec, int32_t rank) {
+    int64_t P = spec->ranks, M = spec->microbatches;
+    struct ee_schedule_iterator it = {.spec = spec, .rank = rank};
+    it.total = M + spec->fill2;
+    it.warmup = P - 1 - rank;
+    if (spec->kind == EE_SCHEDULE_GPIPE)
+        it.warmup = it.total;
+    if (spec->chunks > 1) {
+        it.total = ee_ceil_div(M, P) * P * spec->chunks;
+        it.warmup = 2 * (P - 1 - rank) + (spec->chunks - 1) * P;
+    }
+    it.warmup = ee_min(it.warmup, it.total);
+    it.fill_count = 2 * fill1_count(spec, rank);
+    return it;
+}
+
+/* Weight gradients that a rank may leave behind before it takes one up: as many as keep the first
+ * rank's number of activations. */
+static bool weight_is_due(const struct ee_schedule_iterator *it) {
+    int64_t behind = it->backward - it->weight;
+    if (it->spec->kind != EE_SCHEDULE_ZERO_BUBBLE || behind == 0)
+        return false;
+    return it->backward == it->total || behind > it->rank;
+}
+
+bool ee_schedule_next(struct ee_schedule_iterator *it, struct ee_step_action *action) {
+    const struct ee_schedule_spec *spec = it->spec;
+    const bool split = spec->kind == EE_SCHEDULE_ZERO_BUBBLE;
+    for (;;) {
+        int32_t microbatch, chunk;
+        if (weight_is_due(it)) {
+            *action = full_action(it, EE_STEP_BACKWARD_WEIGHT, (int32_t)it->weight++, 0);
+            return true;
+        }
+        bool forward = it->forward < it->total && it->forward - it->backward <= it->warmup;
+        if (!forward && it->backward == it->total)
+            return false;
+        if (!forward && it->fill < it->fill_count) {
+            *action = fill1_action(it, it->fill++);
+            return true;
+        }
+        advance(spec, forward ? &it->next_forward : &it->next_backward, &microbatch, &chunk);
+        if (forward) {
+            it->forward++;
+        } else {
+            it->backward++;
+            chunk = spec->chunks - 1 - chunk;
+        }
+        bool exists = spec->chunks == 1 || microbatch < spec->microbatches;
+        if (!exists || (!forward && !covered(spec, it->rank, microbatch)))
+            continue;
+        uint8_t kind = forward ? EE_STEP_FORWARD
+                       : split ? EE_STEP_BACKWARD_INPUT
+                               : EE_STEP_BACKWARD;
+        *action = full_action(it, kind, microbatch, chunk);
+        return true;
+    }
 }

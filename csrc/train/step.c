@@ -15,6 +15,10 @@ static enum ee_status take_arena(float **out, const struct ee_model *model, cons
 enum ee_status ee_trainer_create(struct ee_trainer **out, struct ee_model *model,
                                  const struct ee_trainer_config *config) {
     *out = NULL;
+    if (config->schedule != EE_SCHEDULE_1F1B && config->schedule != EE_SCHEDULE_GPIPE)
+        EE_FAIL(EE_ERR_UNSUPPORTED,
+                "one rank trains with the schedule 1f1b or gpipe, got %s; choose one of these",
+                ee_schedule_name(config->schedule));
     if (config->rows < 1 || config->rows > INT32_MAX)
         EE_FAIL(EE_ERR_INVALID, "a microbatch holds 1 to %d tokens, got %lld", INT32_MAX,
                 (long long)config->rows);
@@ -29,11 +33,12 @@ enum ee_status ee_trainer_create(struct ee_trainer **out, struct ee_model *model
     trainer->config = *config;
     enum ee_status status;
     EE_GOTO(status, ee_comm_self(&trainer->comm), fail);
-    EE_GOTO(status, ee_schedule_create(&trainer->schedule, config->schedule, config->microbatches),
-            fail);
-    EE_GOTO(status, ee_schedule_validate(trainer->schedule), fail);
+    struct ee_schedule_spec spec = {
+        .kind = config->schedule, .ranks = 1, .chunks = 1, .microbatches = config->microbatches};
+    EE_GOTO(status, ee_schedule_check(&spec), fail);
+    EE_GOTO(status, ee_list_create(&trainer->list, &spec, 0), fail);
     EE_GOTO(status,
-            ee_chunk_create(&trainer->chunk, model, config->rows, trainer->schedule->slots,
+            ee_chunk_create(&trainer->chunk, model, config->rows, trainer->list->slot_counts[0],
                             config->recompute),
             fail);
     EE_GOTO(status, take_arena(&trainer->gradient, model, "the gradients"), fail);
@@ -50,7 +55,7 @@ void ee_trainer_destroy(struct ee_trainer *trainer) {
     if (!trainer)
         return;
     ee_chunk_destroy(trainer->chunk);
-    ee_schedule_destroy(trainer->schedule);
+    ee_list_destroy(trainer->list);
     ee_comm_destroy(trainer->comm);
     ee_free(trainer->gradient);
     ee_free(trainer->moment1);
@@ -96,7 +101,7 @@ static enum ee_status count_tokens(struct ee_trainer *trainer, const struct ee_s
 static enum ee_status run_actions(struct ee_trainer *trainer, const struct ee_step_input *input,
                                   const struct ee_step_settings *settings, int64_t tokens,
                                   struct ee_exit_sums *sums) {
-    const struct ee_schedule *schedule = trainer->schedule;
+    const struct ee_list *list = trainer->list;
     int32_t early = trainer->model->config.num_exits;
     struct ee_exit_training training[EE_MAX_EXITS + 1];
     for (int32_t e = 0; e < early; e++)
@@ -104,15 +109,15 @@ static enum ee_status run_actions(struct ee_trainer *trainer, const struct ee_st
             (struct ee_exit_training){settings->exit_weight[e], trainer->config.temperature[e],
                                       trainer->config.dynamic_weights};
     training[early] = (struct ee_exit_training){1, 1, false};
-    for (int32_t i = 0; i < schedule->count; i++) {
-        const struct ee_step_action *action = &schedule->actions[i];
+    for (int64_t i = 0; i < list->count; i++) {
+        const struct ee_step_action *action = &list->actions[i];
         struct ee_batch batch = batch_at(trainer, input, action->microbatch);
         batch.dropout = input->row_id != NULL;
         batch.dropout_seed = settings->dropout_seed;
         if (action->kind == EE_STEP_FORWARD)
-            EE_TRY(ee_chunk_forward(trainer->chunk, action->slot, &batch));
+            EE_TRY(ee_chunk_forward(trainer->chunk, list->slots[i], &batch));
         else
-            EE_TRY(ee_chunk_backward(trainer->chunk, action->slot, &batch, trainer->gradient,
+            EE_TRY(ee_chunk_backward(trainer->chunk, list->slots[i], &batch, trainer->gradient,
                                      training, (double)tokens, sums));
     }
     return EE_OK;

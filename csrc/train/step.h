@@ -5,7 +5,7 @@
 #include "comm/comm.h"
 #include "model/chunk.h"
 #include "model/optim.h"
-#include "train/schedule.h"
+#include "train/list.h"
 
 EE_EXTERN_C_BEGIN
 
@@ -21,7 +21,7 @@ struct ee_trainer_config {
 struct ee_trainer {
     struct ee_model *model; /* not owned */
     struct ee_trainer_config config;
-    struct ee_schedule *schedule;
+    struct ee_list *list;
     struct ee_chunk *chunk;
     struct ee_comm *comm;
     float *gradient, *moment1, *moment2; /* arenas as the model's weights */

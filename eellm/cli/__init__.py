@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "losses, agreement and speed of every exit on a text; find the best thresholds",
     "data": "make and inspect token files",
     "convert": "turn a model into a Hugging Face directory, add exits, change the number format",
+    "schedule": "show, check, price and draw the schedule of a training pipeline",
     "info": "print what was built in, threads, bandwidth and matrix rate",
 }
 

@@ -2,6 +2,7 @@
  * must be refused, and every allocation failing in turn. */
 #include "ee_test.h"
 #include "train/step.h"
+#include "train/walk.h"
 
 #include <math.h>
 
@@ -169,51 +170,139 @@ static void test_limits(void) {
     ee_model_destroy(model);
 }
 
+/* Time of a step at uniform costs, and the most activations that a rank keeps. */
+static double walk_time(struct ee_schedule_spec spec, double f, double b, double w,
+                        int32_t *slots) {
+    enum { MOST = 64 };
+    struct ee_schedule_iterator iterators[MOST];
+    struct ee_rank_result result[MOST];
+    double costs[7][MOST] = {{0}};
+    for (int i = 0; i < MOST; i++) {
+        costs[0][i] = f;
+        costs[1][i] = b + w;
+        costs[2][i] = b;
+        costs[3][i] = w;
+    }
+    struct ee_walk_costs all = {costs[0], costs[1], costs[2], costs[3],
+                                costs[4], costs[5], costs[6], 0};
+    EE_EXPECT_OK(ee_schedule_check(&spec));
+    struct ee_lists lists = ee_lists_of_spec(&spec, iterators);
+    EE_EXPECT_OK(ee_walk(&lists, &all, result, NULL, NULL));
+    double end = 0;
+    *slots = 0;
+    for (int32_t r = 0; r < spec.ranks; r++) {
+        end = result[r].end > end ? result[r].end : end;
+        *slots = (int32_t)ee_max(*slots, result[r].slots);
+    }
+    return end;
+}
+
+/* The closed forms, which hold exactly at whole numbers. */
 static void test_schedules(void) {
-    static const enum ee_schedule_kind kinds[] = {EE_SCHEDULE_GPIPE, EE_SCHEDULE_1F1B};
-    for (int k = 0; k < 2; k++) {
+    int32_t slots;
+    for (int32_t p = 1; p <= 8; p++) {
         for (int32_t m = 1; m <= 16; m++) {
-            struct ee_schedule *schedule;
-            EE_EXPECT_OK(ee_schedule_create(&schedule, kinds[k], m));
-            EE_EXPECT_OK(ee_schedule_validate(schedule));
-            EE_EXPECT(schedule->slots == (kinds[k] == EE_SCHEDULE_GPIPE ? m : 1));
-            ee_schedule_destroy(schedule);
+            struct ee_schedule_spec spec = {.ranks = p, .chunks = 1, .microbatches = m};
+            EE_EXPECT(walk_time(spec, 1, 1, 1, &slots) == 3 * (p - 1) + 3 * m);
+            EE_EXPECT(slots == m);
+            spec.kind = EE_SCHEDULE_1F1B;
+            EE_EXPECT(walk_time(spec, 1, 1, 1, &slots) == 3 * (p - 1) + 3 * m);
+            EE_EXPECT(slots == ee_min(p, m));
+            spec.kind = EE_SCHEDULE_ZERO_BUBBLE;
+            double t = walk_time(spec, 4, 6, 2, &slots);
+            EE_EXPECT(m < p || t == 12 * m + (p - 1) * (4 + 6 - 2));
+            EE_EXPECT(slots <= p);
+            spec.kind = EE_SCHEDULE_INTERLEAVED;
+            for (spec.chunks = 1; spec.chunks <= 4; spec.chunks++) {
+                t = walk_time(spec, 1, 1, 1, &slots);
+                EE_EXPECT(m % p || t == 3 * (m * spec.chunks + p - 1));
+            }
         }
     }
-    struct ee_schedule *schedule;
-    EE_EXPECT_STATUS(ee_schedule_create(&schedule, EE_SCHEDULE_1F1B, 0), EE_ERR_INVALID, "got 0");
+    struct ee_schedule_spec none = {.ranks = 1, .chunks = 1};
+    EE_EXPECT_STATUS(ee_schedule_check(&none), EE_ERR_INVALID, "got 0");
     enum ee_schedule_kind kind;
     EE_EXPECT_STATUS(ee_schedule_from_name(&kind, "2f2b"), EE_ERR_INVALID, "2f2b");
 }
 
-/* Lists that must be refused: each breaks one rule. */
-static void test_bad_schedules(void) {
-#define F EE_STEP_FORWARD
-#define B EE_STEP_BACKWARD
-    const struct {
-        const char *text;
-        int32_t slots, count;
-        struct ee_step_action actions[5];
-    } cases[] = {
-        {"goes forward twice", 2, 4, {{F, 0, 0}, {F, 0, 1}, {B, 0, 0}, {B, 1, 1}}},
-        {"still holds microbatch 0", 1, 4, {{F, 0, 0}, {F, 1, 0}, {B, 0, 0}, {B, 1, 0}}},
-        {"does not hold microbatch 1", 2, 4, {{F, 0, 0}, {B, 1, 0}, {F, 1, 1}, {B, 0, 1}}},
-        {"before that of 0", 2, 4, {{F, 0, 0}, {F, 1, 1}, {B, 1, 1}, {B, 0, 0}}},
-        {"ends after 1 of 2", 2, 3, {{F, 0, 0}, {F, 1, 1}, {B, 0, 0}}},
-        {"uses 1 slots, 2 are stated", 2, 4, {{F, 0, 0}, {B, 0, 0}, {F, 1, 0}, {B, 1, 0}}},
-        {"microbatch must lie", 1, 1, {{F, 2, 0}}},
-        {"slot must lie", 1, 1, {{F, 0, 1}}},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        struct ee_step_action actions[5];
-        memcpy(actions, cases[i].actions, sizeof actions);
-        struct ee_schedule schedule = {2, cases[i].slots, cases[i].count, actions};
-        EE_EXPECT_STATUS(ee_schedule_validate(&schedule), EE_ERR_INVALID, cases[i].text);
-    }
+struct two_lists {
+    struct ee_step_action actions[2][6];
+    int32_t count[2], next[2];
+};
+
+static bool next_of_two(void *arg, int32_t rank, struct ee_step_action *action) {
+    struct two_lists *lists = arg;
+    if (lists->next[rank] == lists->count[rank])
+        return false;
+    *action = lists->actions[rank][lists->next[rank]++];
+    return true;
 }
 
-#undef F
-#undef B
+/* Lists of two ranks and two microbatches that must be refused: each breaks one rule. */
+static void test_bad_schedules(void) {
+#define F0(m) {EE_STEP_FORWARD, EE_STEP_SENDS | EE_STEP_KEEPS, 0, m}
+#define B0(m) {EE_STEP_BACKWARD, EE_STEP_RECEIVES, 0, m}
+#define F1(m) {EE_STEP_FORWARD, EE_STEP_RECEIVES | EE_STEP_KEEPS, 0, m}
+#define B1(m)                                                                                      \
+    {                                                                                              \
+        EE_STEP_BACKWARD, EE_STEP_SENDS, 0, m                                                      \
+    }
+    static const struct {
+        const char *text; /* NULL: a good one */
+        struct two_lists lists;
+    } cases[] = {
+        {NULL, {{{F0(0), F0(1), B0(0), B0(1)}, {F1(0), B1(0), F1(1), B1(1)}}, {4, 4}, {0, 0}}},
+        {"microbatch 1 is due",
+         {{{F0(0), F0(0), B0(0), B0(1)}, {F1(0), B1(0), F1(1), B1(1)}}, {4, 4}, {0, 0}}},
+        {"microbatch 0 is due",
+         {{{F0(0), F0(1), B0(0), B0(1)}, {F1(0), F1(1), B1(1), B1(0)}}, {4, 4}, {0, 0}}},
+        {"its forward has not run",
+         {{{F0(0), F0(1), B0(0), B0(1)}, {B1(0), F1(0), F1(1), B1(1)}}, {4, 4}, {0, 0}}},
+        {"wait for each other",
+         {{{F0(0), B0(0), F0(1), B0(1)}, {F1(0), F1(1), B1(0), B1(1)}}, {4, 4}, {0, 0}}},
+        {"ends after 1 forwards", {{{F0(0), B0(0)}, {F1(0), B1(0)}}, {2, 2}, {0, 0}}},
+        {"there are 2 microbatches", {{{F0(2)}, {F1(0)}}, {1, 1}, {0, 0}}},
+        {"as its place asks",
+         {{{F0(0), F0(1), B0(0), B0(1)}, {F1(0), F1(1), {EE_STEP_BACKWARD, 0, 0, 0}, B1(1)}},
+          {4, 4},
+          {0, 0}}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct two_lists two = cases[i].lists;
+        struct ee_lists lists = {2, 1, 2, 0, 0, next_of_two, &two};
+        struct ee_rank_result result[2];
+        if (cases[i].text)
+            EE_EXPECT_STATUS(ee_walk(&lists, NULL, result, NULL, NULL), EE_ERR_INVALID,
+                             cases[i].text);
+        else
+            EE_EXPECT_OK(ee_walk(&lists, NULL, result, NULL, NULL));
+    }
+#undef F0
+#undef B0
+#undef F1
+#undef B1
+}
+
+/* A microbatch keeps its slot until its last backward, and nobody else has it then. */
+static void test_slots(void) {
+    struct ee_schedule_spec spec = {
+        .kind = EE_SCHEDULE_ZERO_BUBBLE, .ranks = 4, .chunks = 1, .microbatches = 6};
+    for (int32_t rank = 0; rank < 4; rank++) {
+        struct ee_list *list;
+        EE_EXPECT_OK(ee_list_create(&list, &spec, rank));
+        int32_t holder[16];
+        memset(holder, -1, sizeof holder);
+        for (int64_t i = 0; i < list->count; i++) {
+            const struct ee_step_action *a = &list->actions[i];
+            int32_t *held = &holder[list->slots[i]];
+            EE_EXPECT(list->slots[i] >= 0 && list->slots[i] < list->slot_counts[0]);
+            EE_EXPECT(*held == (a->kind == EE_STEP_FORWARD ? -1 : a->microbatch));
+            *held = a->kind == EE_STEP_BACKWARD_WEIGHT ? -1 : a->microbatch;
+        }
+        EE_EXPECT(list->slot_counts[0] <= 4);
+        ee_list_destroy(list);
+    }
+}
 
 static enum ee_status make_all(void) {
     struct ee_config config = mixed_config();
@@ -239,4 +328,5 @@ static void test_allocations(void) {
     ee_test_allocations("a model, a trainer and a step", make_all);
 }
 
-EE_TEST_MAIN(test_training, test_limits, test_schedules, test_bad_schedules, test_allocations)
+EE_TEST_MAIN(test_training, test_limits, test_schedules, test_bad_schedules, test_slots,
+             test_allocations)

@@ -11,7 +11,7 @@ FAULTS = tomllib.loads((Path(__file__).parent / "faults.toml").read_text())["fau
 KEYS = {"name", "file", "find", "replace", "test"}
 FOLDERS = [
     *(f"csrc/{part}" for part in "base tensor ops comm model train infer python".split()),
-    *("kernels/cpu", "eellm", "eellm/data", "eellm/files", "eellm/train"),
+    *("kernels/cpu", "eellm", "eellm/data", "eellm/files", "eellm/pipeline", "eellm/train"),
 ]
 
 

@@ -1,0 +1,32 @@
+/* The list of one rank in memory, with a slot of activations for each action: what the runner
+ * executes. */
+#ifndef EE_LIST_H
+#define EE_LIST_H
+
+#include "train/schedule.h"
+
+EE_EXTERN_C_BEGIN
+
+struct ee_list {
+    int64_t count;
+    struct ee_step_action *actions;
+    int32_t *slots; /* [count] the slot of its chunk that holds the activations; -1: none is kept */
+    int32_t chunks;
+    int32_t *slot_counts; /* [chunks] as many as the list uses */
+};
+
+/* The list that a checked spec gives a rank. */
+EE_WARN_UNUSED enum ee_status ee_list_create(struct ee_list **out,
+                                             const struct ee_schedule_spec *spec, int32_t rank);
+
+/* A list of a file, whose lists ee_walk has accepted: actions[count] of a rank with `chunks` chunks
+ * and microbatches numbered below `microbatches`. */
+EE_WARN_UNUSED enum ee_status ee_list_from_actions(struct ee_list **out,
+                                                   const struct ee_step_action *actions,
+                                                   int64_t count, int32_t chunks,
+                                                   int32_t microbatches);
+void ee_list_destroy(struct ee_list *list);
+
+EE_EXTERN_C_END
+
+#endif
