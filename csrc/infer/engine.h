@@ -132,10 +132,10 @@ int32_t ee_engine_active(const struct ee_engine *engine);
 
 struct ee_engine_stats {
     int64_t steps;
-    int64_t half_layers; /* half layers run, summed over rows */
-    int64_t head_rows;   /* rows through an output matrix */
-    int64_t bytes_read;  /* of packed matrices, each counted once a product */
-    int64_t drafts, accepted;
+    int64_t half_layers;      /* half layers run, summed over rows */
+    int64_t head_rows;        /* rows through an output matrix */
+    int64_t bytes_read;       /* of packed matrices, each counted once a product */
+    int64_t drafts, accepted; /* drafts that were verified */
     int64_t weight_bytes, cache_bytes;
     enum ee_dtype dtype; /* of the packed weights */
 };

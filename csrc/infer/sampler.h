@@ -76,12 +76,12 @@ const float *ee_sampler_adjust(struct ee_sampler *sampler, const struct ee_sampl
                                const float *logits, const struct ee_history *history);
 
 /* The distribution at a temperature > 0 of adjusted logits: weights[V], 0 for tokens left out, and
- * their sum, in ascending order of tokens. Equal on every machine. All logits are finite or
- * -infinity, and one at least is finite. */
+ * their sum, block by block of tokens in a fixed order. Equal on every machine. All logits are
+ * finite or -infinity, and one at least is finite. */
 double ee_sampler_weigh(struct ee_sampler *sampler, const struct ee_sampling *sampling,
                         const float *adjusted, double *weights);
 
-/* The token at which the sum of weights[V], in ascending order of tokens, first exceeds u * total;
+/* The token at which the sum of weights[V], blocks of tokens ascending, first exceeds u * total;
  * the last one with a weight where rounding leaves none. */
 int32_t ee_sampler_draw(const double *weights, int32_t vocab, double total, double u);
 
