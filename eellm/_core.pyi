@@ -273,7 +273,8 @@ class Engine:
     @property
     def stats(self) -> dict[str, int]:
         """steps; half_layers (that ran, summed over rows) and head_rows (rows through an output
-        matrix); bytes_read (of packed matrices, each counted once a product); drafts (verified) and accepted;
+        matrix); bytes_read (of packed matrices, each counted once a product); drafts (those that
+        were verified) and accepted;
         bytes: weight_bytes, cache_bytes."""
 
 def build_info() -> dict[str, Any]: ...
