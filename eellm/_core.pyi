@@ -289,6 +289,11 @@ def schedule_actions(spec: tuple[Any, ...], rank: int, /) -> npt.NDArray[np.uint
     microbatch int32. spec: (name, ranks, chunks, microbatches, fill1, fill2_depths int32 or None,
     exit_ranks bool [P] or None), see csrc/train/schedule.h."""
 
+def schedule_fill(ranks: int, ratio: float, count: int, /) -> tuple[int, npt.NDArray[np.int32]]:
+    """How many microbatches fit each part of the bubbles of 1F1B where a backward takes `ratio`
+    times as long as a forward, and through how many of the last ranks the backwards of the first
+    `count` of Part 2 may run (below 1: none)."""
+
 def schedule_walk(
     spec: tuple[Any, ...],
     costs: Mapping[str, Any] | None,

@@ -132,6 +132,8 @@ static PyMethodDef methods[] = {
      "measure_flops($module, threads, isa, /)\n--\n\nRate of a large matrix product, FLOP/s."},
     {"schedule_actions", schedule_actions, METH_VARARGS,
      "schedule_actions($module, spec, rank, /)\n--\n\nThe list of a pipeline rank."},
+    {"schedule_fill", schedule_fill, METH_VARARGS,
+     "schedule_fill($module, ranks, ratio, count, /)\n--\n\nWhat fits the bubbles of 1F1B."},
     {"schedule_walk", schedule_walk, METH_VARARGS,
      "schedule_walk($module, spec, costs, lists, trace, /)\n--\n\n"
      "Proves lists, and says what they take."},

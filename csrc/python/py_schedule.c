@@ -76,6 +76,27 @@ PyObject *schedule_actions(PyObject *module, PyObject *args) {
     return array;
 }
 
+PyObject *schedule_fill(PyObject *module, PyObject *args) {
+    (void)module;
+    int ranks, count;
+    double ratio;
+    if (!PyArg_ParseTuple(args, "idi", &ranks, &ratio, &count))
+        return NULL;
+    if (ranks < 1 || !(ratio > 0) || count < 0 || count > ranks) {
+        PyErr_Format(PyExc_ValueError,
+                     "schedule_fill needs ranks of 1 or more, a ratio above 0 and 0 to %d "
+                     "microbatches, got %d and %d",
+                     ranks, ranks, count);
+        return NULL;
+    }
+    Py_ssize_t size = count;
+    void *data;
+    PyObject *depths = array_new(ARRAY_I32, 1, &size, &data);
+    for (int i = 0; depths && i < count; i++)
+        ((int32_t *)data)[i] = ee_schedule_fill_depth(ranks, ratio, i);
+    return depths ? Py_BuildValue("(iN)", (int)ee_schedule_fill_count(ranks, ratio), depths) : NULL;
+}
+
 /* -- The walk -- */
 
 /* Lists that came from Python. */

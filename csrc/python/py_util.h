@@ -110,6 +110,7 @@ PyObject *symbols(PyObject *module, PyObject *unused);
 
 /* Lists of schedules, and their price (py_schedule.c). */
 PyObject *schedule_actions(PyObject *module, PyObject *args);
+PyObject *schedule_fill(PyObject *module, PyObject *args);
 PyObject *schedule_walk(PyObject *module, PyObject *args);
 
 /* Measurements and build information (measure.c). */

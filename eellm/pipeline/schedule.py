@@ -78,10 +78,8 @@ class Schedule:
     @property
     def fill_depths(self) -> tuple[int, ...]:
         """Through how many of the last ranks the backward of each microbatch of Part 2 runs."""
-        step = 1 / self.ratio + 1
-        return tuple(
-            max(1, int(np.floor(self.ranks - (i + 1) * step + 1e-9))) for i in range(self.fill[1])
-        )
+        _, depths = _core.schedule_fill(self.ranks, self.ratio, self.fill[1])
+        return tuple(np.maximum(depths, 1).tolist())
 
     @property
     def total(self) -> int:
@@ -194,7 +192,7 @@ class Schedule:
 
 def fill_counts(ranks: int, ratio: float) -> tuple[int, int]:
     """How many microbatches fit each part of the bubbles and make no step longer."""
-    count = int(np.floor((ranks - 1) / (1 / ratio + 1) + 1e-9))
+    count, _ = _core.schedule_fill(ranks, ratio, 0)
     return count, count
 
 
