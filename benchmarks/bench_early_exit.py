@@ -199,16 +199,20 @@ def on_text(metric, case, options):
         r["full"]["bytes"] / r["full"]["tokens"] * r["ours"]["tokens"] / r["ours"]["bytes"]
         for r in results
     ]
-    first = results[0]
-    told = {key: first[key] for key in ("agreement", "free_running", "accepted") if key in first}
-    told |= {key: first["ours"][key] for key in ("request", "mean_depth", "distinct_4")}
+    # Each turn makes its own choice by time.
+    keys = ("agreement", "free_running", "accepted")
+    turns = [
+        {key: r[key] for key in keys if key in r}
+        | {key: r["ours"][key] for key in ("request", "mean_depth", "distinct_4")}
+        for r in results
+    ]
     speeds = [r["ours"]["tokens"] / r["ours"]["seconds"] for r in results]
     peers = [r["full"]["tokens"] / r["full"]["seconds"] for r in results]
     return record(
         metric, median(speeds), "tok/s", speeds, peer="full depth", peer_value=median(peers),
         ratio=median(ratios), limit=median(limits),
         limit_share=median([r / b for r, b in zip(ratios, limits, strict=True)]),
-        config=json.dumps(case | told),
+        config=json.dumps(case | {"turns": turns}),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from tests.infer.models import (
     CASES,
     SIZES,
     drain,
+    isas,
     make,
-    make_config,
     random_tokens,
     run,
     same,
@@ -18,17 +18,6 @@ from tests.infer.models import (
 from tests.infer.reference import Reference, softmax
 
 PROMPT, COUNT = 9, 32
-
-
-def _isas():
-    found = []
-    for isa in ("plain", "avx2", "avx512"):
-        try:
-            _core.Model(make_config("llama").to_core(), threads=1, isa=isa)
-        except ValueError:
-            continue
-        found.append(isa)
-    return found
 
 
 def _settings(case, seed=0, **changes):
@@ -192,7 +181,7 @@ def drain_alone(core, prompt, setting):
 def test_bits_do_not_depend_on_threads_or_instructions(case, dtype):
     runs = []
     prompt = random_tokens(3, 70)
-    for isa in _isas():
+    for isa in isas():
         for threads in (1, 2, 3):
             core, _, _ = make(case, threads=threads, isa=isa)
             runs.append(run(core, prompt, COUNT, thresholds=[0.6], dtype=dtype))
