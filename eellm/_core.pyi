@@ -29,6 +29,8 @@ class ParameterRow(TypedDict):
     name: str
     shape: tuple[int, ...]
     offset: int
+    held: bool
+    owned: bool
     decay: bool
     frozen: bool
     tied: bool
@@ -68,10 +70,17 @@ class Model:
     `eellm.config.ModelConfig.to_core()`. threads: 0 takes all that the process may use. isa:
     "plain", "avx2", "avx512", or "" for the best one. weights=False: without parameters in memory,
     for an Engine made with empty=True; `parameter`, `initialize`, `forward` and Trainer refuse.
+    part: (ranks, chunks, rank, bounds int32 [ranks chunks + 1] or None, earlier_edge, exact_ties),
+    the part of a rank in a pipeline (csrc/model/layout.h); None: the whole model.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], threads: int = 0, isa: str = "", weights: bool = True
+        self,
+        config: Mapping[str, Any],
+        threads: int = 0,
+        isa: str = "",
+        weights: bool = True,
+        part: tuple[int, int, int, npt.NDArray[np.int32] | None, bool, bool] | None = None,
     ) -> None: ...
     @property
     def table(self) -> list[ParameterRow]: ...
@@ -94,9 +103,15 @@ class Model:
 class Trainer:
     """Gradients, moments, activation slots and the schedule of a training step.
 
-    rows: tokens of a microbatch (micro batch size x sequence length); recompute: "none",
-    "attention" or "full"; schedule: "1f1b" or "gpipe"; exit_temperature [E - 1]: of the training
-    loss of each early exit; dynamic_weights: token-wise weights of early exits.
+    rows: tokens of a microbatch (micro batch size x sequence length); schedule: a name, for
+    `microbatches` and the model's ranks and chunks, or a spec (see schedule_actions) that says all;
+    lists: those of all ranks in place of what the schedule gives; comm: the ranks of the pipeline,
+    needed where the model is a part; recompute: "none", "attention" or "full"; defer_exits: in
+    split backwards, output matrices of exits in the weight part; exit_temperature [E - 1]: of the
+    training loss of each early exit; dynamic_weights: token-wise weights of early exits; fault:
+    (kind "kill", "delay" or "corrupt", run, action, seconds), for tests.
+
+    step and evaluate are collectives: all ranks call them with the same arguments.
     """
 
     def __init__(
@@ -104,11 +119,15 @@ class Trainer:
         model: Model,
         *,
         rows: int,
-        microbatches: int,
+        microbatches: int | None = None,
+        schedule: str | tuple[Any, ...] = "1f1b",
+        lists: Sequence[npt.NDArray[np.uint64]] | None = None,
+        comm: Comm | None = None,
         recompute: str = "none",
-        schedule: str = "1f1b",
+        defer_exits: bool = False,
         exit_temperature: Sequence[float] = (),
         dynamic_weights: bool = False,
+        fault: tuple[str, int, int, float] | None = None,
     ) -> None: ...
     def step(
         self,
@@ -130,6 +149,7 @@ class Trainer:
         max_grad_norm: float = ...,
         dropout_seed: int = 0,
         update: bool = True,
+        signal: int = 0,
     ) -> dict[str, Any]:
         """One optimizer step over all microbatches.
 
@@ -138,10 +158,12 @@ class Trainer:
         0 < ... < N (segment_counts[m] + 1 numbers, one microbatch after the other): a row attends
         within its segment. exit_weights [E - 1]. clip 0: no clipping. Where a loss or the gradient
         norm is not finite, or lies above max_loss / max_grad_norm, nothing is updated and the
-        gradients are zeroed. update=False only accumulates gradients.
+        gradients are zeroed. update=False only accumulates gradients. With bubble filling M counts
+        its microbatches too, which come last.
 
-        Returns losses [E] (mean over unmasked tokens, float64), confidence [E] (mean), tokens
-        (unmasked), grad_norm (before clipping), finite, updated.
+        Returns losses [E] (mean over the unmasked tokens that the exit was trained on, float64),
+        confidence [E] (mean), tokens (unmasked, of microbatches that run in full), grad_norm
+        (before clipping), finite, updated, signal (the largest of all ranks).
         """
 
     def evaluate(
@@ -161,6 +183,13 @@ class Trainer:
     def moment1(self, name: str, /) -> Tensor: ...
     def moment2(self, name: str, /) -> Tensor: ...
     def zero_gradients(self) -> None: ...
+    def record(self, capacity: int, /) -> None:
+        """Records up to `capacity` events of this rank from now on; 0 ends it."""
+
+    def recorded(self) -> npt.NDArray[np.float64]:
+        """The events since the last call, [n, 9]: start, end, bytes, kind, what, chunk,
+        microbatch, peer, tag (struct ee_event, csrc/train/trace.h)."""
+
     @property
     def steps(self) -> int:
         """Optimizer steps taken: AdamW's step count; may be set when resuming."""
@@ -182,6 +211,11 @@ class Engine:
     dtype of theirs: "float32" or "bfloat16". max_sequences: in flight at a time. max_length:
     positions of a sequence, 0: the model's context. positions: what the cache holds over all
     sequences, 0: as much as they could ever need.
+
+    Where the model is a part, comm is the communicator of all parts; every rank makes an Engine
+    with the same options, ranks behind the first call `serve`, and rank 0 takes the requests, with
+    the engines "pipeline" and "full" (csrc/infer/pipeline.h). stage_seconds above 0: nothing is
+    computed, the part takes so long a pass. trace: how many passes are noted.
     """
 
     def __init__(
@@ -193,6 +227,9 @@ class Engine:
         max_length: int = 0,
         positions: int = 0,
         empty: bool = False,
+        comm: Comm | None = None,
+        stage_seconds: float = 0.0,
+        trace: int = 0,
     ) -> None: ...
     def load(self, name: str, values: npt.NDArray[Any], /) -> None:
         """Packs a parameter: float32, float16, or the bits of bfloat16 as uint16, in its shape. A
@@ -225,8 +262,8 @@ class Engine:
     ) -> int:
         """Admits a prompt and returns its sequence number, which is never used again.
 
-        engine: "full", "deferred", "recompute" or "speculative". thresholds: one for each early
-        exit, one for all, or none (1.0); exits with threshold 1 are not run, unless
+        engine: "full", "deferred", "recompute", "speculative" or "pipeline". thresholds: one for
+        each early exit, one for all, or none (1.0); exits with threshold 1 are not run, unless
         all_confidences. max_deferred: rows, or drafts in a row. full_depth: events of kind 1 for
         tokens that left early. forced: tokens that the text goes on with, whatever is chosen.
         replay: the exit that each new token leaves at, whatever the confidence (speculative: 0 or
@@ -270,12 +307,116 @@ class Engine:
     def dtype(self) -> str:
         """Of the packed weights: "float32" or "bfloat16"."""
 
+    def serve(self) -> None:
+        """Works for rank 0 of a pipeline until that calls `stop`, however long it asks nothing."""
+
+    def stop(self) -> None:
+        """Ends all sequences, and lets the other ranks of a pipeline return from `serve`; nothing
+        on one rank. So does the end of rank 0's Engine."""
+
+    @property
+    def trace(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+        """What this rank of a pipeline did, an entry for each sequence in each pass: [n, 3] start,
+        end, when its token was decided here or NaN; and [n, 6] sequence, rows [first, last),
+        layers [first, last), exit that decided or -1."""
+
     @property
     def stats(self) -> dict[str, int]:
         """steps; half_layers (that ran, summed over rows) and head_rows (rows through an output
         matrix); bytes_read (of packed matrices, each counted once a product); drafts (those that
         were verified) and accepted;
         bytes: weight_bytes, cache_bytes."""
+
+class Comm:
+    """This rank's side of a numbered group of ranks (csrc/comm/comm.h).
+
+    Made by the functions comm_self, comm_local and comm_adopt, and by split. Every method but
+    `exchange` and `abort` is called by all ranks, in the same order. A failed exchange raises
+    CommError, after which the communicators of the job are of no more use; a wait lasts at most
+    `timeout` seconds. Each Comm is for one thread at a time: a second one gets BusyError.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def transport(self) -> str:
+        """ "self", "local" (threads of this process) or "mpi"."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds, more than 0; may be set."""
+
+    @timeout.setter
+    def timeout(self, value: float, /) -> None: ...
+    def barrier(self, what: str = "barrier") -> None:
+        """Returns once every rank has called it; `what` names it in errors."""
+
+    def all_gather(self, data: bytes, /) -> list[bytes]:
+        """The data of every rank in rank order; each may have another length."""
+
+    def broadcast(self, data: bytes | None, root: int = 0) -> bytes:
+        """The data of rank `root`; what the others give does not matter."""
+
+    def all_reduce(self, array: npt.NDArray[Any], op: str = "sum") -> npt.NDArray[Any]:
+        """Reduces an array over the ranks in place, with the same bits on each, and returns it.
+
+        op: "sum" or "max". The array is contiguous, of float32, float64, int32 or int64, and of
+        the same shape on every rank."""
+
+    def split(self, colour: int, key: int, /) -> Comm | None:
+        """A communicator of the ranks that give the same colour, ordered by key and then by rank;
+        None for a negative colour."""
+
+    def exchange(
+        self,
+        sends: list[tuple[int, int, npt.NDArray[Any]]],
+        receives: list[tuple[int, int, npt.NDArray[Any]]],
+        /,
+    ) -> None:
+        """Starts messages (peer, tag >= 0, contiguous array), all at once, and waits for them."""
+
+    def abort(self, reason: str, /) -> None:
+        """Makes the calls of all ranks fail with the reason, also those that wait now."""
+
+class Replay:
+    """A schedule's runner and messages, with each action replaced by a wait of a given length.
+
+    spec, lists: as schedule_walk has them; seconds: float64 [4, chunks], of each kind of action
+    and chunk of this rank; comm: the ranks of the pipeline; floats: of a message. run is a
+    collective.
+    """
+
+    def __init__(
+        self,
+        spec: tuple[Any, ...],
+        seconds: npt.NDArray[np.float64],
+        comm: Comm,
+        floats: int,
+        lists: Sequence[npt.NDArray[np.uint64]] | None = None,
+    ) -> None: ...
+    def run(self) -> tuple[float, float, float]:
+        """One step after a barrier: start and end of this rank, on the clock of
+        `time.monotonic()`, and the seconds between them that its actions took."""
+
+    def record(self, capacity: int, /) -> None:
+        """Records up to `capacity` events of this rank from now on; 0 ends it."""
+
+    def recorded(self) -> npt.NDArray[np.float64]:
+        """The events since the last call, as Trainer.recorded gives them."""
+
+def comm_self() -> Comm:
+    """The communicator of one rank."""
+
+def comm_local(size: int, timeout: float = 300.0) -> list[Comm]:
+    """The communicators of ranks that are threads of this process, one for each thread."""
+
+def comm_adopt(capsule: Any, /) -> Comm:
+    """Takes over the communicator that a transport made, in a capsule named "eellm.comm"."""
+
+def host() -> Any:
+    """What a transport gets from the core, in a capsule named "eellm.host" (csrc/comm/host.h)."""
 
 def build_info() -> dict[str, Any]: ...
 def measure_bandwidth(threads: int, mebibytes: int, /) -> float:
@@ -304,8 +445,8 @@ def schedule_walk(
     """Proves the lists of a spec, or `lists` in their place, and says what they take.
 
     costs: float64 [P chunks] forward, backward, backward_input, backward_weight, kept_bytes,
-    transient_bytes; static_bytes [P]; message. Returns start, end, busy, peak_bytes, slots, actions
-    [P], and with trace the times [sum of actions, 2], rank by rank, else None."""
+    queued_bytes, transient_bytes; static_bytes [P]; message. Returns start, end, busy, peak_bytes,
+    slots, actions [P], and with trace the times [sum of actions, 2], rank by rank, else None."""
 
 def alloc_stats() -> tuple[int, int, int]:
     """(allocations since start, live allocations, live bytes)"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -28,6 +29,7 @@ def collect(measure: bool = True) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         **_core.build_info(),
+        "mpi": importlib.util.find_spec("eellm._mpi") is not None,
         "threads": model.core.threads,
         "isa": model.core.isa,
         "environment": {

@@ -17,6 +17,7 @@ from eellm.files.locate import find_folder
 
 if TYPE_CHECKING:
     from eellm import _core
+    from eellm.parallel import Group
 
 _LOSS_BYTES = 256 << 20
 
@@ -25,19 +26,33 @@ class Model:
     """A language model with early exits.
 
     `Model.from_pretrained(path)` loads one, `Model.from_config(config)` draws a new one.
-    `core` is the native model; `parameters()` are views of its memory.
+    `core` is the native model; `parameters()` are views of its memory. With a group the model is
+    the part of one of its ranks: it holds the parameters of its layers and exits.
     """
 
-    def __init__(self, config: ModelConfig, core: "_core.Model", path: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        core: "_core.Model",
+        path: Path | None = None,
+        group: "Group | None" = None,
+    ) -> None:
         """Wraps a native model; `path` is the directory it came from."""
-        self.config, self.core, self.path = config, core, path
+        self.config, self.core, self.path, self.group = config, core, path, group
 
     @classmethod
-    def from_config(cls, config: ModelConfig, seed: int = 0, threads: int = 0) -> "Model":
-        """A model with values drawn at random. threads 0: all that the process may use."""
-        core = _native(config, threads)
+    def from_config(
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        threads: int = 0,
+        group: "Group | None" = None,
+    ) -> "Model":
+        """A model with values drawn at random. threads 0: all that the process may use. group: the
+        ranks that share the model; the values are the same in every layout."""
+        core = _native(config, threads, group)
         core.initialize(config.initializer_range, seed)
-        return cls(config, core)
+        return cls(config, core, group=group)
 
     @classmethod
     def from_pretrained(
@@ -49,12 +64,13 @@ class Model:
         threads: int = 0,
         strict: bool = True,
         revision: str | None = None,
+        group: "Group | None" = None,
     ) -> "Model":
         """A model from a directory, or from the Hugging Face hub by name.
 
         exits: early exits in place of those of the directory. Their values are copies (the final
         norm, the output matrix, the MLP of their layer, the last layer for a block), or random
-        with init="random".
+        with init="random". group: the ranks that share the model, each loading its part.
         """
         if init not in ("copy", "random"):
             raise invalid("init is invalid", "copy or random", init)
@@ -63,11 +79,11 @@ class Model:
         weights = directory.Weights(folder)
         if exits is not None:
             config = replace(config, exits=tuple(exits))  # type: ignore[arg-type]
-        core = _native(config, threads)
+        core = _native(config, threads, group)
         directory.load_parameters(core, config, weights, with_exits=exits is None, strict=strict)
         if exits is not None:
-            _initialize_exits(core, config, init, seed)
-        return cls(config, core, folder)
+            _initialize_exits(core, config, weights, init, seed)
+        return cls(config, core, folder, group)
 
     def save_pretrained(
         self,
@@ -77,9 +93,13 @@ class Model:
     ) -> None:
         """Writes a model directory, whose backbone Transformers can load if it knows the type.
 
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16". With a group all ranks call it, and each writes
+        its part.
         """
-        directory.save_directory(path, self.config, self.core, dtype, max_shard_bytes, self.path)
+        peers = None if self.group is None else self.group.peers
+        directory.save_directory(
+            path, self.config, self.core, dtype, max_shard_bytes, self.path, peers
+        )
 
     def forward(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Logits [E, B, T, V] of every exit, the final one last, for tokens [B, T] or [T]."""
@@ -126,8 +146,9 @@ class Model:
         return generate(self, prompts, **kwargs)
 
     def parameters(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Views of all parameters by name; writing to them changes the model."""
-        return {row["name"]: self.parameter(row["name"]) for row in self.core.table}
+        """Views of the parameters that the model holds; writing to them changes the model."""
+        held = (row["name"] for row in self.core.table if row["held"])
+        return {name: self.parameter(name) for name in held}
 
     def parameter(self, name: str) -> npt.NDArray[np.float32]:
         """A view of one parameter."""
@@ -135,7 +156,7 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that the model is made of; shared ones count once."""
+        """Numbers that the whole model is made of; shared ones count once."""
         return sum(int(np.prod(row["shape"])) for row in self.core.table)
 
     @cached_property
@@ -190,10 +211,12 @@ class Model:
         return np.ascontiguousarray(array, np.int32)
 
 
-def _native(config: ModelConfig, threads: int) -> "_core.Model":
+def _native(config: ModelConfig, threads: int, group: "Group | None" = None) -> "_core.Model":
     from eellm import _core
 
-    return _core.Model(config.to_core(), threads=threads)
+    if group is None:
+        return _core.Model(config.to_core(), threads=threads)
+    return _core.Model(config.to_core(), threads=threads, part=group.part(config))
 
 
 def _loss_sum(
@@ -211,15 +234,23 @@ def _loss_sum(
     return total
 
 
-def _initialize_exits(core: "_core.Model", config: ModelConfig, init: str, seed: int) -> None:
-    for row in core.table:
-        if row["exit"] < 0:
+def _initialize_exits(
+    core: "_core.Model", config: ModelConfig, weights: directory.Weights, init: str, seed: int
+) -> None:
+    """Fills the parameters of new exits; what they are copies of may lie on another rank."""
+    rows = {row["name"]: row for row in core.table}
+    for name, row in rows.items():
+        if row["exit"] < 0 or not row["held"]:
             continue
         if init == "random":
-            core.initialize_parameter(row["name"], config.initializer_range, seed)
+            core.initialize_parameter(name, config.initializer_range, seed)
+            continue
+        original = rows[_model_of(name, config)]
+        if original["held"]:
+            values = np.asarray(core.parameter(original["name"]))
         else:
-            values = np.asarray(core.parameter(_model_of(row["name"], config)))
-            np.asarray(core.parameter(row["name"]))[...] = values
+            values = directory.find_parameter(original, weights).float32()
+        np.asarray(core.parameter(name))[...] = values
 
 
 def _model_of(name: str, config: ModelConfig) -> str:

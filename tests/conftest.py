@@ -14,11 +14,19 @@ def _has_program(name):
     return shutil.which(name) is not None
 
 
+def has_mpi():
+    """Whether eellm was built with MPI, and mpirun is there."""
+    from eellm.distributed import find_program
+
+    built = importlib.util.find_spec("eellm._mpi") is not None
+    return built and find_program("mpirun") is not None
+
+
 # What EELLM_REQUIRE may name, and how to find out whether it is there.
 REQUIREMENTS = {
     "torch": lambda: importlib.util.find_spec("torch") is not None,
     "transformers": lambda: importlib.util.find_spec("transformers") is not None,
-    "mpi": lambda: _has_program("mpirun"),
+    "mpi": lambda: has_mpi(),
     "browser": lambda: _has_program("chromium"),
     "data": lambda: data_folder() is not None,
 }

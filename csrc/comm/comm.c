@@ -4,7 +4,8 @@
 #include <stdio.h>
 
 size_t ee_comm_type_size(enum ee_comm_type type) {
-    static const size_t sizes[] = {[EE_COMM_F32] = 4, [EE_COMM_F64] = 8, [EE_COMM_I64] = 8};
+    static const size_t sizes[] = {
+        [EE_COMM_F32] = 4, [EE_COMM_F64] = 8, [EE_COMM_I32] = 4, [EE_COMM_I64] = 8};
     return sizes[type];
 }
 
@@ -58,7 +59,7 @@ static enum ee_status check_message(const struct ee_comm *comm, const struct ee_
     return check_data(comm, message->data, message->bytes, "a message");
 }
 
-enum ee_status ee_comm_start(struct ee_comm *comm, ee_request *request,
+enum ee_status ee_comm_start(struct ee_comm *comm, ee_comm_request *request,
                              const struct ee_message *messages, int count) {
     *request = 0;
     if (count < 0 || count > EE_COMM_MAX_MESSAGES)
@@ -69,13 +70,13 @@ enum ee_status ee_comm_start(struct ee_comm *comm, ee_request *request,
     return count ? comm->start(comm, request, messages, count) : EE_OK;
 }
 
-enum ee_status ee_comm_wait(struct ee_comm *comm, ee_request request) {
+enum ee_status ee_comm_wait(struct ee_comm *comm, ee_comm_request request) {
     return request ? comm->wait(comm, request) : EE_OK;
 }
 
 enum ee_status ee_comm_exchange(struct ee_comm *comm, const struct ee_message *messages,
                                 int count) {
-    ee_request request;
+    ee_comm_request request;
     EE_TRY(ee_comm_start(comm, &request, messages, count));
     return ee_comm_wait(comm, request);
 }

@@ -33,7 +33,7 @@
 
 EE_EXTERN_C_BEGIN
 
-#define EE_COMM_ABI 1
+#define EE_COMM_ABI 2
 
 /* Seconds that a wait lasts at most, unless the maker of the communicator says otherwise. */
 #define EE_COMM_TIMEOUT 300.0
@@ -41,7 +41,7 @@ EE_EXTERN_C_BEGIN
 /* Messages that one list may hold, and that one rank may have under way in one communicator. */
 #define EE_COMM_MAX_MESSAGES 256
 
-enum ee_comm_type { EE_COMM_F32, EE_COMM_F64, EE_COMM_I64, EE_COMM_TYPE_COUNT };
+enum ee_comm_type { EE_COMM_F32, EE_COMM_F64, EE_COMM_I32, EE_COMM_I64, EE_COMM_TYPE_COUNT };
 enum ee_comm_reduce { EE_COMM_SUM, EE_COMM_MAX };
 enum ee_direction { EE_SEND, EE_RECEIVE };
 
@@ -62,22 +62,31 @@ struct ee_message {
 };
 
 /* An exchange under way; 0 is one that has nothing to wait for. */
-typedef int64_t ee_request;
+typedef int64_t ee_comm_request;
+
+/* When this rank started a message, and when it saw that it was done, in seconds of ee_now()
+ * (base/clock.h), whose zero all processes of a machine share. */
+typedef void ee_comm_trace(void *arg, const struct ee_message *message, double started,
+                           double done);
 
 /* The first member of a transport's own struct. */
 struct ee_comm {
     int abi;               /* EE_COMM_ABI as the transport was built with */
     size_t struct_size;    /* sizeof(struct ee_comm), likewise */
-    const char *transport; /* "self", "threads", "mpi", "nccl" */
+    const char *transport; /* "self", "local", "mpi", "nccl" */
     int rank, size;
     bool device;
     double timeout; /* seconds, > 0; copied by split */
+    /* Where it is set, a wait calls it for every message of the exchange that it waited for, in the
+     * order of the list. Copied by split. */
+    ee_comm_trace *trace;
+    void *trace_arg;
 
     /* The functions below say what each does. */
     enum ee_status (*split)(struct ee_comm *comm, struct ee_comm **out, int colour, int key);
-    enum ee_status (*start)(struct ee_comm *comm, ee_request *request,
+    enum ee_status (*start)(struct ee_comm *comm, ee_comm_request *request,
                             const struct ee_message *messages, int count);
-    enum ee_status (*wait)(struct ee_comm *comm, ee_request request);
+    enum ee_status (*wait)(struct ee_comm *comm, ee_comm_request request);
     enum ee_status (*all_reduce)(struct ee_comm *comm, void *out, const void *in, int64_t count,
                                  enum ee_comm_type type, enum ee_comm_reduce reduce,
                                  struct ee_action action);
@@ -100,6 +109,14 @@ size_t ee_comm_type_size(enum ee_comm_type type);
  * since nobody else can, a wait for a message without its counterpart fails at once. */
 EE_WARN_UNUSED enum ee_status ee_comm_self(struct ee_comm **out);
 
+/* The most ranks that ee_comm_local makes. */
+#define EE_COMM_LOCAL_RANKS 4096
+
+/* out[size] = the communicators of `size` ranks that are threads of this process; timeout: seconds,
+ * > 0. Each is for a thread of its own, and is destroyed by itself. An error of one rank aborts the
+ * job, and a rank whose peer has destroyed its communicator fails instead of waiting for it. */
+EE_WARN_UNUSED enum ee_status ee_comm_local(struct ee_comm **out, int size, double timeout);
+
 /* Refuses a communicator of another version of this header, naming both. */
 EE_WARN_UNUSED enum ee_status ee_comm_check(const struct ee_comm *comm);
 
@@ -110,11 +127,11 @@ EE_WARN_UNUSED enum ee_status ee_comm_split(struct ee_comm *comm, struct ee_comm
                                             int key);
 
 /* Posts all messages of a list and returns; the list itself may be reused then. */
-EE_WARN_UNUSED enum ee_status ee_comm_start(struct ee_comm *comm, ee_request *request,
+EE_WARN_UNUSED enum ee_status ee_comm_start(struct ee_comm *comm, ee_comm_request *request,
                                             const struct ee_message *messages, int count);
 
 /* Returns once every message of the exchange is done. Each request is waited for once. */
-EE_WARN_UNUSED enum ee_status ee_comm_wait(struct ee_comm *comm, ee_request request);
+EE_WARN_UNUSED enum ee_status ee_comm_wait(struct ee_comm *comm, ee_comm_request request);
 
 /* Start and wait. */
 EE_WARN_UNUSED enum ee_status ee_comm_exchange(struct ee_comm *comm,

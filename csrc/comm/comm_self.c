@@ -1,6 +1,8 @@
 /* The transport of one rank: messages to itself are copied as soon as both sides are posted, and a
  * collective is a copy. */
+#define _GNU_SOURCE
 #include "base/alloc.h"
+#include "base/clock.h"
 #include "comm/comm.h"
 
 #include <stdio.h>
@@ -15,15 +17,16 @@ struct job {
 
 struct post {
     struct ee_message message;
-    ee_request request; /* 0: free */
+    ee_comm_request request; /* 0: free */
+    double started;
     bool done;
 };
 
 struct self {
     struct ee_comm comm; /* first, so that the pointers are the same */
     struct job *job;
-    ee_request last; /* requests are numbered from 1 */
-    int used;        /* posts[0 .. used), in the order in which they were started */
+    ee_comm_request last; /* requests are numbered from 1 */
+    int used;             /* posts[0 .. used), in the order in which they were started */
     struct post posts[EE_COMM_MAX_MESSAGES];
 };
 
@@ -64,7 +67,7 @@ static enum ee_status match(struct self *self, const struct ee_message *message,
     return EE_OK;
 }
 
-static enum ee_status start(struct ee_comm *comm, ee_request *request,
+static enum ee_status start(struct ee_comm *comm, ee_comm_request *request,
                             const struct ee_message *messages, int count) {
     struct self *self = self_of(comm);
     EE_TRY(check_alive(self));
@@ -72,18 +75,20 @@ static enum ee_status start(struct ee_comm *comm, ee_request *request,
         EE_FAIL(EE_ERR_COMM, "rank %d: more than %d messages are under way; wait for some first",
                 comm->rank, EE_COMM_MAX_MESSAGES);
     *request = ++self->last;
+    double now = comm->trace ? ee_now() : 0;
     for (int i = 0; i < count; i++) {
         bool found;
         EE_TRY(match(self, &messages[i], &found));
-        self->posts[self->used++] = (struct post){messages[i], *request, found};
+        self->posts[self->used++] = (struct post){messages[i], *request, now, found};
     }
     return EE_OK;
 }
 
-static enum ee_status wait(struct ee_comm *comm, ee_request request) {
+static enum ee_status wait(struct ee_comm *comm, ee_comm_request request) {
     struct self *self = self_of(comm);
     EE_TRY(check_alive(self));
     int kept = 0, found = 0;
+    double now = comm->trace ? ee_now() : 0;
     for (int i = 0; i < self->used; i++) {
         const struct post *post = &self->posts[i];
         if (post->request == request && !post->done) {
@@ -99,8 +104,11 @@ static enum ee_status wait(struct ee_comm *comm, ee_request request) {
         EE_FAIL(EE_ERR_INVALID, "rank %d: no exchange %lld is under way", comm->rank,
                 (long long)request);
     for (int i = 0; i < self->used; i++) {
-        if (self->posts[i].request != request)
-            self->posts[kept++] = self->posts[i];
+        const struct post *post = &self->posts[i];
+        if (post->request != request)
+            self->posts[kept++] = *post;
+        else if (comm->trace)
+            comm->trace(comm->trace_arg, &post->message, post->started, now);
     }
     self->used = kept;
     return EE_OK;
@@ -155,7 +163,8 @@ static void destroy(struct ee_comm *comm) {
 
 static enum ee_status split(struct ee_comm *comm, struct ee_comm **out, int colour, int key);
 
-static enum ee_status create(struct ee_comm **out, struct job *job, double timeout) {
+/* What can be set in struct ee_comm comes from `like`. */
+static enum ee_status create(struct ee_comm **out, struct job *job, const struct ee_comm *like) {
     void *memory;
     EE_TRY(ee_alloc(&memory, sizeof(struct self), "a communicator"));
     struct self *self = memory;
@@ -165,7 +174,9 @@ static enum ee_status create(struct ee_comm **out, struct job *job, double timeo
         .transport = "self",
         .rank = 0,
         .size = 1,
-        .timeout = timeout,
+        .timeout = like->timeout,
+        .trace = like->trace,
+        .trace_arg = like->trace_arg,
         .split = split,
         .start = start,
         .wait = wait,
@@ -187,14 +198,15 @@ static enum ee_status split(struct ee_comm *comm, struct ee_comm **out, int colo
     (void)key;
     struct self *self = self_of(comm);
     EE_TRY(check_alive(self));
-    return colour < 0 ? EE_OK : create(out, self->job, comm->timeout);
+    return colour < 0 ? EE_OK : create(out, self->job, comm);
 }
 
 enum ee_status ee_comm_self(struct ee_comm **out) {
     *out = NULL;
     void *job;
     EE_TRY(ee_alloc(&job, sizeof(struct job), "a communicator"));
-    enum ee_status status = create(out, job, EE_COMM_TIMEOUT);
+    struct ee_comm like = {.timeout = EE_COMM_TIMEOUT};
+    enum ee_status status = create(out, job, &like);
     if (status != EE_OK)
         ee_free(job);
     return status;

@@ -34,12 +34,11 @@ static bool replayed(const struct ee_sequence *s, int64_t *exit) {
     return true;
 }
 
-static bool looks(const struct ee_engine *engine, int32_t exit, int64_t row) {
-    const struct ee_rows *rows = &engine->runner.rows;
-    const struct ee_sequence *s = engine->sequences[rows->sequence[row]];
+bool ee_looks(const struct ee_engine *engine, const struct ee_sequence *s, enum ee_row_kind kind,
+              int32_t exit) {
     if (is_final(engine, exit))
-        return rows->kind[row] != EE_ROW_FILL;
-    if (rows->kind[row] != EE_ROW_TOKEN)
+        return kind != EE_ROW_FILL;
+    if (kind != EE_ROW_TOKEN)
         return false;
     if (s->kind == EE_ENGINE_SCORE || s->all_confidences)
         return true;
@@ -55,7 +54,7 @@ static int64_t collect(struct ee_engine *engine, int32_t exit) {
     int32_t *looked = engine->runner.looked;
     int64_t n = 0;
     for (int64_t row = 0; row < rows->count; row++) {
-        if (!looks(engine, exit, row))
+        if (!ee_looks(engine, engine->sequences[rows->sequence[row]], rows->kind[row], exit))
             continue;
         int64_t at = n++;
         for (; at > 0; at--) {
@@ -264,9 +263,9 @@ static void look(const struct view *v) {
         draft(v);
 }
 
-enum ee_status ee_decide(struct ee_engine *engine, int32_t exit) {
+enum ee_status ee_decide(struct ee_engine *engine, int32_t exit, int64_t *count) {
     struct ee_runner *r = &engine->runner;
-    int64_t n = collect(engine, exit);
+    int64_t n = *count = collect(engine, exit);
     int32_t V = engine->model->config.vocab_size;
     for (int64_t first = 0; first < n; first += r->head_capacity) {
         int64_t rows = ee_min(r->head_capacity, n - first);

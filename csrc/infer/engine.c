@@ -1,12 +1,38 @@
 #include "infer/engine.h"
 
 #include "base/alloc.h"
-#include "infer/step.h"
+#include "infer/pipeline.h"
 
 #include <string.h>
 
+/* A part of a model has its layers in one piece, and others that it works with. */
+static enum ee_status check_part(const struct ee_model *model,
+                                 const struct ee_engine_options *options) {
+    if (model->layout->chunks > 1)
+        EE_FAIL(EE_ERR_UNSUPPORTED,
+                "decoding takes one chunk of layers on each rank, the model has %d",
+                model->layout->chunks);
+    if (model->layout->ranks > 1 && !options->comm)
+        EE_FAIL(
+            EE_ERR_INVALID,
+            "the model is part %d of %d; give the communicator of these ranks, or a whole model",
+            model->rank, model->layout->ranks);
+    const struct ee_comm *comm = options->comm;
+    if (comm && (comm->rank != model->rank || comm->size != model->layout->ranks))
+        EE_FAIL(EE_ERR_INVALID,
+                "the model is part %d of %d, the communicator is of rank %d of %d; make both for "
+                "the same ranks",
+                model->rank, model->layout->ranks, comm->rank, comm->size);
+    if (!(options->stage_seconds >= 0 && options->stage_seconds < 1e6))
+        EE_FAIL(EE_ERR_INVALID, "stage_seconds must lie between 0 and 1e6, got %g",
+                options->stage_seconds);
+    return EE_OK;
+}
+
 static enum ee_status build(struct ee_engine *engine, const struct ee_engine_options *options) {
     const struct ee_config *c = &engine->model->config;
+    EE_TRY(check_part(engine->model, options));
+    engine->stage = &engine->model->layout->stages[engine->model->rank];
     int64_t length = options->max_length ? options->max_length : c->max_positions;
     if (length < 1 || length > c->max_positions)
         EE_FAIL(EE_ERR_INVALID,
@@ -18,12 +44,16 @@ static enum ee_status build(struct ee_engine *engine, const struct ee_engine_opt
     EE_TRY(ee_cache_create(&engine->cache, engine->weights->cache_layers, c->num_kv_heads,
                            c->head_dim, options->max_sequences, length, options->positions));
     engine->runner = ee_runner_init(engine->model, engine->weights, engine->cache);
+    engine->runner.half_layer_seconds =
+        options->stage_seconds / (2 * (engine->stage->last_layer - engine->stage->first_layer));
     engine->events.exit_count = engine->weights->exit_count;
     EE_TRY(ee_sampler_create(&engine->sampler, c->vocab_size));
     void *memory;
     EE_TRY(ee_alloc(&memory, (size_t)options->max_sequences * sizeof *engine->sequences,
                     "the decoding engine"));
     engine->sequences = memory;
+    if (options->comm && options->comm->size > 1)
+        EE_TRY(ee_pipeline_create(engine, options->comm, options->trace));
     return EE_OK;
 }
 
@@ -46,6 +76,9 @@ enum ee_status ee_engine_create(struct ee_engine **out, const struct ee_model *m
 void ee_engine_destroy(struct ee_engine *engine) {
     if (!engine)
         return;
+    enum ee_status stopped = ee_engine_stop(engine);
+    (void)stopped; /* the job is aborted where it could not be */
+    ee_pipeline_destroy(engine->pipeline);
     for (int32_t i = 0; engine->sequences && i < engine->cache->max_sequences; i++)
         ee_sequence_destroy(engine->sequences[i]);
     ee_runner_free(&engine->runner);
@@ -88,41 +121,77 @@ static enum ee_status reserve(struct ee_engine *engine, const struct ee_sequence
         looked += looked_rows(engine->sequences[i]);
     }
     looked = ee_min(looked, held + EE_PROMPT_ROWS);
-    /* A deferred row gives an event when it is looked at, the newest one two. */
-    EE_TRY(ee_events_reserve(&engine->events, looked + engine->cache->max_sequences));
+    /* A deferred row gives an event when it is looked at, the newest one two; a step of a pipeline
+     * may take all answers of a pass, start one, and take another answer. */
+    int64_t passes = engine->pipeline ? 4 : 1;
+    EE_TRY(ee_events_reserve(&engine->events, looked + passes * engine->cache->max_sequences));
     return ee_runner_reserve(&engine->runner, EE_PROMPT_ROWS + held, ee_min(looked, EE_HEAD_ROWS));
 }
 
-enum ee_status ee_engine_add(struct ee_engine *engine, int32_t *sequence,
-                             const struct ee_request *request) {
-    struct ee_cache *cache = engine->cache;
-    EE_TRY(ee_request_check(request, &engine->model->config, cache->max_length));
+/* Requests that this engine can serve. */
+static enum ee_status check_served(const struct ee_engine *engine,
+                                   const struct ee_request *request) {
     int32_t missing = ee_weights_missing(engine->weights);
-    if (missing >= 0)
+    if (missing >= 0 && engine->runner.half_layer_seconds <= 0)
         EE_FAIL(EE_ERR_INVALID, "the engine has no weights for %s yet; load all parameters first",
                 engine->model->params->rows[missing].name);
     if (engine->next_id == INT32_MAX)
         EE_FAIL(EE_ERR_INTERNAL, "the engine has served all its sequence numbers; make a new one");
+    if (!engine->pipeline)
+        return EE_OK;
+    EE_TRY(ee_client_check(engine));
+    if (request->kind != EE_ENGINE_PIPELINE && request->kind != EE_ENGINE_FULL)
+        EE_FAIL(
+            EE_ERR_UNSUPPORTED,
+            "a model spread over %d ranks writes with the engines pipeline and full alone; load "
+            "it on one rank for the others, and for scores",
+            engine->model->layout->ranks);
+    return EE_OK;
+}
+
+enum ee_status ee_engine_admit(struct ee_engine *engine, struct ee_sequence **out,
+                               const struct ee_request *request, int32_t number) {
+    struct ee_cache *cache = engine->cache;
     struct ee_sequence *s = NULL;
     EE_TRY(ee_sequence_create(&s, request, &engine->model->config, cache->max_length));
     enum ee_status status;
     EE_GOTO(status, reserve(engine, s), fail);
     EE_GOTO(status, ee_cache_acquire(cache, &s->slot, s->length_limit - 1), fail);
-    s->id = engine->next_id++;
+    s->id = number;
     engine->sequences[s->slot] = s;
     engine->active++;
-    *sequence = s->id;
+    *out = s;
     return EE_OK;
 fail:
     ee_sequence_destroy(s);
     return status;
 }
 
-static void release(struct ee_engine *engine, struct ee_sequence *s) {
+enum ee_status ee_engine_add(struct ee_engine *engine, int32_t *sequence,
+                             const struct ee_request *request) {
+    EE_TRY(ee_request_check(request, &engine->model->config, engine->cache->max_length));
+    EE_TRY(check_served(engine, request));
+    struct ee_sequence *s;
+    EE_TRY(ee_engine_admit(engine, &s, request, engine->next_id));
+    if (engine->pipeline) {
+        enum ee_status status = ee_client_add(engine, s, request);
+        if (status != EE_OK) {
+            ee_engine_release(engine, s);
+            return ee_pipeline_fail(engine, status);
+        }
+    }
+    *sequence = engine->next_id++;
+    return EE_OK;
+}
+
+void ee_engine_release(struct ee_engine *engine, struct ee_sequence *s) {
     ee_cache_release(engine->cache, s->slot);
     engine->sequences[s->slot] = NULL;
     engine->active--;
-    ee_sequence_destroy(s);
+    if (engine->pipeline && engine->model->rank == 0)
+        ee_client_end(engine, s);
+    else
+        ee_sequence_destroy(s);
 }
 
 static enum ee_status find(const struct ee_engine *engine, int32_t id, struct ee_sequence **out) {
@@ -149,7 +218,7 @@ enum ee_status ee_engine_remove(struct ee_engine *engine, int32_t id) {
     enum ee_status status = find(engine, id, &s);
     if (status != EE_OK)
         return waited ? EE_OK : status;
-    release(engine, s);
+    ee_engine_release(engine, s);
     return EE_OK;
 }
 
@@ -157,6 +226,12 @@ enum ee_status ee_engine_finish(struct ee_engine *engine, int32_t id, int64_t *r
     struct ee_sequence *s = NULL;
     *rows = 0;
     enum ee_status status = find(engine, id, &s);
+    if (status == EE_OK && s->awaited > 0) {
+        ee_client_drop(engine, s);
+        s->ending = EE_DONE_FINISHED;
+        *rows = s->awaited;
+        return EE_OK;
+    }
     if (status != EE_OK || !s->full_depth || s->deferred == 0)
         return ee_engine_remove(engine, id);
     s->finishing = true;
@@ -170,20 +245,18 @@ static void commit_draft(struct ee_sequence *s) {
     s->deferred++;
 }
 
-/* Says `done` on the last event of a sequence in this step. */
-static void mark_done(struct ee_engine *engine, const struct ee_sequence *s, int32_t done) {
+void ee_engine_mark(struct ee_engine *engine, const struct ee_sequence *s, int32_t done) {
     int64_t i = engine->events.count - 1;
     while (engine->events.event[i].sequence != s->id)
         i--;
     engine->events.event[i].done = done;
 }
 
-/* Takes over a new token. */
-static void commit_token(struct ee_engine *engine, struct ee_sequence *s) {
+void ee_engine_take(struct ee_engine *engine, struct ee_sequence *s) {
     const struct ee_event *event = &s->step.event;
     int32_t position = event->position;
     if (s->step.told)
-        mark_done(engine, s, event->done);
+        ee_engine_mark(engine, s, event->done);
     else
         (void)ee_events_add(&engine->events, event,
                             ee_sequence_said(s, position - 1, engine->events.exit_count));
@@ -206,17 +279,17 @@ static void commit(struct ee_engine *engine, struct ee_sequence *s) {
         events->event[s->step.first_event + s->step.prompt_rows - 1].done = (int32_t)done;
     } else if (s->finishing) {
         done = EE_DONE_FINISHED;
-        mark_done(engine, s, (int32_t)done);
+        ee_engine_mark(engine, s, (int32_t)done);
     } else if (s->step.token_row) {
         EE_ASSERT(s->step.decided);
         done = (enum ee_done)s->step.event.done;
         if (s->kind == EE_ENGINE_SPECULATIVE && s->step.left)
             commit_draft(s);
         else
-            commit_token(engine, s);
+            ee_engine_take(engine, s);
     }
     if (done != EE_NOT_DONE)
-        release(engine, s);
+        ee_engine_release(engine, s);
 }
 
 /* Ends one sequence whose logits were not finite, and says so. */
@@ -238,7 +311,7 @@ static enum ee_status end_failed(struct ee_engine *engine) {
                 "has been ended: check the model's weights",
                 failed->id, failed->step.event.position, failed->step.event.exit);
     (void)ee_events_drop(&engine->events, failed->id);
-    release(engine, failed);
+    ee_engine_release(engine, failed);
     engine->pending = more || engine->events.count > 0;
     return status;
 }
@@ -247,6 +320,11 @@ static enum ee_status run(struct ee_engine *engine) {
     engine->events.count = 0;
     if (engine->active == 0)
         return EE_OK;
+    if (engine->pipeline) {
+        EE_TRY(ee_client_check(engine));
+        enum ee_status status = ee_client_step(engine);
+        return status == EE_OK ? EE_OK : ee_pipeline_fail(engine, status);
+    }
     EE_TRY(ee_step_run(engine));
     engine->steps++;
     for (int32_t i = 0; i < engine->cache->max_sequences; i++)

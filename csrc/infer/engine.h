@@ -7,10 +7,14 @@
  * layer with all of them; its token is still that of the exit.
  *
  * A sequence that speculates is the same with another end: what leaves early is a draft, and the
- * row that runs to the last layer takes all drafts along to be verified by the final exit. */
+ * row that runs to the last layer takes all drafts along to be verified by the final exit.
+ *
+ * In a pipeline (infer/pipeline.h) no row is deferred: a token that has left goes on through the
+ * layers of later ranks while the first rank runs the next one. */
 #ifndef EE_ENGINE_H
 #define EE_ENGINE_H
 
+#include "comm/comm.h"
 #include "infer/head.h"
 #include "infer/sampler.h"
 
@@ -23,6 +27,7 @@ enum ee_engine_kind {
     EE_ENGINE_DEFERRED,    /* early exits, deferred rows */
     EE_ENGINE_RECOMPUTE,   /* early exits; deferred rows are fed again from the first layer */
     EE_ENGINE_SPECULATIVE, /* early exits draft, the final one verifies */
+    EE_ENGINE_PIPELINE,    /* early exits; rows that left run on at once, on other ranks if any */
     EE_ENGINE_SCORE,       /* no new tokens: the given ones are scored at every exit */
 };
 
@@ -94,9 +99,17 @@ struct ee_engine_options {
     int64_t max_length;    /* positions of a sequence; 0: the model's context */
     int64_t positions;     /* of the cache over all sequences; 0: as many as they could need */
     bool empty;            /* the weights come with ee_engine_load; else from the model */
+    /* The ranks of the pipeline that the model is a part of; NULL where it is the whole. It stays
+     * the caller's and outlives the engine, which uses it alone. */
+    struct ee_comm *comm;
+    /* Above 0: nothing is computed; the layers and exits of this rank take so many seconds a pass.
+     * For measurements, with forced tokens and replayed exits. */
+    double stage_seconds;
+    int64_t trace; /* passes and sequences of a pipeline that are noted, at most */
 };
 
-/* The model stays the caller's and outlives the engine; its weights are copied. */
+/* The model stays the caller's and outlives the engine; its weights are copied. Of a pipeline every
+ * rank makes one, with the same options. */
 EE_WARN_UNUSED enum ee_status ee_engine_create(struct ee_engine **out, const struct ee_model *model,
                                                const struct ee_engine_options *options);
 void ee_engine_destroy(struct ee_engine *engine);
@@ -129,6 +142,27 @@ EE_WARN_UNUSED enum ee_status ee_engine_finish(struct ee_engine *engine, int32_t
 EE_WARN_UNUSED enum ee_status ee_engine_step(struct ee_engine *engine, struct ee_events *events);
 
 int32_t ee_engine_active(const struct ee_engine *engine);
+
+/* On the ranks of a pipeline behind the first: works for rank 0 until that calls ee_engine_stop.
+ * Requests, steps and the rest above are for rank 0. */
+EE_WARN_UNUSED enum ee_status ee_engine_serve(struct ee_engine *engine);
+
+/* On rank 0: ends all sequences, and lets the other ranks return. ee_engine_destroy does it too,
+ * but cannot tell whether it worked. */
+EE_WARN_UNUSED enum ee_status ee_engine_stop(struct ee_engine *engine);
+
+/* What a rank of a pipeline did for one sequence in one pass, in seconds of ee_now(). */
+struct ee_pass_trace {
+    double start, end;
+    double told;                     /* when its token was decided here; NaN: not here */
+    int32_t sequence;                /* its number */
+    int32_t first_row, last_row;     /* positions [first, last) */
+    int32_t first_layer, last_layer; /* that this rank has: [first, last) */
+    int32_t exit;                    /* that decided; -1: none here */
+};
+
+/* *count entries, valid until the next call. */
+const struct ee_pass_trace *ee_engine_trace(const struct ee_engine *engine, int64_t *count);
 
 struct ee_engine_stats {
     int64_t steps;

@@ -1,4 +1,7 @@
+#define _GNU_SOURCE
 #include "infer/rows.h"
+
+#include "base/clock.h"
 
 #include <string.h>
 
@@ -55,6 +58,7 @@ struct ee_runner ee_runner_init(const struct ee_model *model, const struct ee_we
                                 struct ee_cache *cache) {
     const struct ee_config *c = &model->config;
     struct ee_runner r = {.model = model, .weights = weights, .cache = cache};
+    r.first_depth = 2 * weights->first_layer;
     r.two_norms = c->parallel_residual && !c->shared_norm;
     r.fill_depth = 2 * c->num_layers - 1;
     for (int32_t e = 0; e < weights->exit_count; e++)
@@ -114,6 +118,8 @@ void ee_rows_remove(struct ee_rows *rows, int64_t i, int32_t width) {
 
 enum ee_status ee_rows_embed(struct ee_runner *r) {
     const struct ee_rows *rows = &r->rows;
+    if (r->half_layer_seconds > 0)
+        return EE_OK;
     struct ee_tensor x = ee_matrix(rows->x, rows->count, r->model->config.hidden_size);
     return ee_embed(r->model->ctx, &x, &r->weights->embedding, ee_given(&r->weights->positions),
                     rows->token, rows->position, r->model->config.embedding_scale);
@@ -197,7 +203,8 @@ static enum ee_status project_layer(struct ee_runner *r, int32_t layer) {
     EE_TRY(ee_runner_linear(r, &qkv, &normed, &w->qkv, &w->qkv_bias, NULL));
     EE_TRY(ee_runner_project(r, &q, &w->q_norm, rows->position));
     EE_TRY(ee_runner_project(r, &k, &w->k_norm, rows->position));
-    return ee_cache_write(r->model->ctx, r->cache, layer, &k, &v, rows->sequence, rows->position);
+    return ee_cache_write(r->model->ctx, r->cache, layer - r->weights->first_layer, &k, &v,
+                          rows->sequence, rows->position);
 }
 
 /* From before the attention of a layer to before its MLP. With parallel residual, what the MLP is
@@ -218,7 +225,7 @@ static enum ee_status attention_half(struct ee_runner *r, int32_t layer) {
     struct ee_tensor heads = ee_heads(r->heads, n, c->num_heads, c->head_dim, w->o.cols);
     struct ee_tensor flat = ee_matrix(r->heads, n, w->o.cols);
     struct ee_tensor x = ee_matrix(rows->x, n, c->hidden_size);
-    struct ee_kv kv = ee_cache_layer(r->cache, layer);
+    struct ee_kv kv = ee_cache_layer(r->cache, layer - r->weights->first_layer);
     struct ee_attention_params attention = ee_model_attention(r->model, layer);
     EE_TRY(ee_attention_rows(r->model->ctx, &heads, &q, &kv, rows->sequence, rows->position,
                              &attention));
@@ -234,7 +241,27 @@ static enum ee_status mlp_half(struct ee_runner *r, int32_t layer) {
     return ee_runner_mlp(r, r->rows.x, normed, r->rows.x, r->rows.count, &w->mlp);
 }
 
+/* A sleep lasts longer than it was to by up to so much; the rest of a wait is spent awake. */
+#define SLEEP_ERROR 300e-6
+
+/* In place of computing. */
+static void wait_for_depth(struct ee_runner *r, int32_t depth) {
+    int32_t passed = depth - r->first_depth;
+    if (r->rows.depth == r->first_depth)
+        r->pass_start = ee_now();
+    r->rows.depth = (int32_t)ee_max(depth, r->rows.depth);
+    double until = r->pass_start + r->half_layer_seconds * passed, left;
+    while ((left = until - ee_now()) > 0)
+        if (left > SLEEP_ERROR)
+            ee_sleep(left - SLEEP_ERROR);
+}
+
 enum ee_status ee_rows_run(struct ee_runner *r, int32_t depth) {
+    if (r->half_layer_seconds > 0) {
+        if (r->rows.count > 0)
+            wait_for_depth(r, depth);
+        return EE_OK;
+    }
     for (struct ee_rows *rows = &r->rows; rows->depth < depth; rows->depth++) {
         if (rows->count == 0)
             continue;

@@ -28,6 +28,7 @@ struct ee_rows {
 /* What moves rows: model, packed weights, cache, and the memory between. */
 struct ee_runner {
     const struct ee_model *model;
+    int32_t first_depth; /* where rows start that come to the layers that are here */
     const struct ee_weights *weights;
     struct ee_cache *cache;
     struct ee_arena arena;
@@ -49,6 +50,9 @@ struct ee_runner {
     /* Work done so far: half layers of rows, rows through an output matrix, and bytes of packed
      * matrices, counted once a product. */
     int64_t half_layers, head_rows, bytes_read;
+    /* Above 0: nothing is computed, a half layer takes so long, counted from the start of a pass.
+     */
+    double half_layer_seconds, pass_start;
 };
 
 /* A runner of a model, without memory for rows yet. */

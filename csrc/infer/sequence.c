@@ -175,11 +175,12 @@ static void set_limits(struct ee_sequence *s, const struct ee_request *request,
     s->stop_count = request->stop_count;
     s->forced_count = ee_min(request->forced_count, s->length_limit - s->prompt_count);
     s->replay_count = request->kind == EE_ENGINE_FULL ? 0 : request->replay_count;
-    if (request->kind != EE_ENGINE_FULL)
+    if (request->kind != EE_ENGINE_FULL && request->kind != EE_ENGINE_PIPELINE)
         s->max_deferred = (int32_t)ee_min(request->max_deferred, s->length_limit - s->prompt_count);
     s->all_confidences = request->all_confidences;
     s->full_depth =
-        request->full_depth && (s->kind == EE_ENGINE_DEFERRED || s->kind == EE_ENGINE_RECOMPUTE);
+        request->full_depth && (s->kind == EE_ENGINE_DEFERRED || s->kind == EE_ENGINE_RECOMPUTE ||
+                                s->kind == EE_ENGINE_PIPELINE);
     s->sampling = request->sampling;
 }
 

@@ -35,6 +35,14 @@ struct ee_sequence {
     struct ee_event_exit *said; /* [max_deferred + 1, exits], the newest row's last */
     float *draft_logits;        /* [max_deferred, V]; nothing where drafts are not sampled */
 
+    /* Rank 0 of a pipeline: passes that know the sequence; whether its newest row is in one of
+     * them; rows whose full depth is still to be told; how the sequence ends when that has come;
+     * whether it has ended otherwise. */
+    int32_t flights;
+    bool under_way;
+    int32_t awaited, ending;
+    bool ended;
+
     /* Of the step in progress; taken over when it succeeds. */
     struct {
         bool token_row; /* the newest row is on its way to a token */

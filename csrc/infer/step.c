@@ -1,5 +1,7 @@
 #include "infer/step.h"
 
+#include "infer/pipeline.h"
+
 #include <string.h>
 
 /* What becomes of a deferred row that joins a row from above. */
@@ -31,13 +33,13 @@ static void start_prompt(struct ee_engine *engine, struct ee_sequence *s, int64_
 
 /* The rows that start at depth 0: what fits of prompts, the newest token of each sequence, and
  * deferred rows where these are fed again. */
-static void start_rows(struct ee_engine *engine) {
+void ee_step_start(struct ee_engine *engine) {
     struct ee_rows *rows = &engine->runner.rows;
     rows->count = rows->depth = 0;
     int64_t budget = EE_PROMPT_ROWS;
     for (int32_t slot = 0; slot < engine->cache->max_sequences; slot++) {
         struct ee_sequence *s = engine->sequences[slot];
-        if (!s)
+        if (!s || s->under_way || s->ending)
             continue;
         memset(&s->step, 0, sizeof s->step);
         int64_t n = ee_min(s->prompt_count - 1 - s->read, budget);
@@ -93,16 +95,25 @@ static void leave(struct ee_engine *engine) {
     }
 }
 
-enum ee_status ee_step_run(struct ee_engine *engine) {
+enum ee_status ee_step_layers(struct ee_engine *engine) {
     struct ee_runner *r = &engine->runner;
-    start_rows(engine);
-    EE_TRY(ee_rows_embed(r));
     for (int32_t e = 0; e < engine->weights->exit_count; e++) {
+        int64_t looked;
+        if (!engine->stage->exit[e])
+            continue;
         EE_TRY(ee_rows_run(r, engine->weights->exits[e].depth));
         EE_TRY(ee_head_fill(r, e));
-        EE_TRY(ee_decide(engine, e));
+        EE_TRY(ee_decide(engine, e, &looked));
+        if (engine->pipeline)
+            EE_TRY(ee_pipeline_answer(engine, e, looked));
         leave(engine);
         join_deferred(engine);
     }
-    return EE_OK;
+    return ee_rows_run(r, 2 * engine->stage->last_layer);
+}
+
+enum ee_status ee_step_run(struct ee_engine *engine) {
+    ee_step_start(engine);
+    EE_TRY(ee_rows_embed(&engine->runner));
+    return ee_step_layers(engine);
 }

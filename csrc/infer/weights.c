@@ -131,17 +131,24 @@ static void place_exit(struct layout *l, int32_t i) {
 
 static enum ee_status lay_out(struct ee_weights *w, const struct ee_model *model) {
     const struct ee_params *params = model->params;
+    const struct ee_stage *stage = &model->layout->stages[model->rank];
     struct layout l = {.model = model, .weights = w};
     memset(w->places, 0, (size_t)w->place_count * sizeof *w->places);
-    w->cache_layers = w->layer_count;
-    w->embedding = place_matrix(&l, params->embedding, params->embedding);
-    w->positions = place_tensor(&l, params->positions);
-    for (int32_t i = 0; i < w->layer_count; i++)
+    w->first_layer = stage->first_layer;
+    w->cache_layers = stage->last_layer - stage->first_layer;
+    if (stage->embeds) {
+        w->embedding = place_matrix(&l, params->embedding, params->embedding);
+        w->positions = place_tensor(&l, params->positions);
+    }
+    for (int32_t i = stage->first_layer; i < stage->last_layer; i++)
         w->layers[i] = place_block(&l, &params->layers[i], false);
     for (int32_t i = 0; i < w->exit_count; i++)
-        place_exit(&l, i);
+        if (stage->exit[i])
+            place_exit(&l, i);
+        else
+            w->exits[i] = (struct ee_exit_weights){.depth = params->exit[i].depth, .side = -1};
     for (int32_t row = 0; row < w->place_count; row++)
-        EE_ASSERT(w->places[row].taken);
+        EE_ASSERT(w->places[row].taken == params->rows[row].held);
     return l.status;
 }
 
@@ -220,6 +227,9 @@ enum ee_status ee_weights_load(struct ee_weights *weights, const struct ee_model
                 row);
     EE_TRY(check_source(&model->params->rows[row], source));
     struct ee_weight_place *place = &weights->places[row];
+    if (!place->taken)
+        EE_FAIL(EE_ERR_INVALID, "%s belongs to another rank than %d", model->params->rows[row].name,
+                model->rank);
     if (place->matrix.data)
         EE_TRY(ee_weight_pack(model->ctx, &place->matrix, source, place->first_row));
     else
@@ -231,6 +241,8 @@ enum ee_status ee_weights_load(struct ee_weights *weights, const struct ee_model
 enum ee_status ee_weights_fill(struct ee_weights *weights, const struct ee_model *model) {
     EE_TRY(ee_model_require_weights(model));
     for (int32_t row = 0; row < weights->place_count; row++) {
+        if (!weights->places[row].taken)
+            continue;
         struct ee_tensor source = ee_param_tensor(model->params, row, model->weights);
         EE_TRY(ee_weights_load(weights, model, row, &source));
     }
@@ -239,7 +251,7 @@ enum ee_status ee_weights_fill(struct ee_weights *weights, const struct ee_model
 
 int32_t ee_weights_missing(const struct ee_weights *weights) {
     for (int32_t row = 0; row < weights->place_count; row++)
-        if (!weights->places[row].loaded)
+        if (weights->places[row].taken && !weights->places[row].loaded)
             return row;
     return -1;
 }

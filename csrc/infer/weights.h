@@ -3,8 +3,9 @@
  * norms, biases and positions as float32. A copy of its own: what happens to the model's parameters
  * later changes nothing here.
  *
- * They are laid out first, every row of the parameter table with one place, then loaded row by row
- * from anywhere: so a model is read from files without its float32 parameters in memory. */
+ * They are laid out first, every row of the parameter table that the model's rank holds with one
+ * place, then loaded row by row from anywhere: so a model is read from files without its float32
+ * parameters in memory. */
 #ifndef EE_WEIGHTS_H
 #define EE_WEIGHTS_H
 
@@ -59,8 +60,9 @@ struct ee_weights {
     enum ee_dtype dtype;
     struct ee_weight embedding;
     struct ee_tensor positions;
-    int32_t layer_count, exit_count;
-    int32_t cache_layers; /* layers and side layers */
+    int32_t layer_count, exit_count; /* of the model; those that are elsewhere are empty */
+    int32_t first_layer;             /* that is here: the first layer of the cache */
+    int32_t cache_layers;            /* layers and side layers that are here */
     struct ee_block_weights *layers;
     struct ee_exit_weights *exits;
     int32_t place_count;
@@ -79,11 +81,11 @@ EE_WARN_UNUSED enum ee_status ee_weights_load(struct ee_weights *weights,
                                               const struct ee_model *model, int32_t row,
                                               const struct ee_tensor *source);
 
-/* Loads every row from the model's own parameters. */
+/* Loads every row that is here from the model's own parameters. */
 EE_WARN_UNUSED enum ee_status ee_weights_fill(struct ee_weights *weights,
                                               const struct ee_model *model);
 
-/* The first row of the table that is not loaded yet, -1 if there is none. */
+/* The first row of the table that is to be here and is not loaded yet, -1 if there is none. */
 int32_t ee_weights_missing(const struct ee_weights *weights);
 
 /* The tensor, or NULL where it is not there: an optional argument of an operation. */

@@ -82,7 +82,7 @@ static enum ee_status qkv_weight_gradient(const struct ee_block *block, int64_t 
         struct ee_tensor dw = ee_param_joined(model->params, index->q, index->v, block->gradient);
         if (c->bias_q)
             bias = ee_param_joined(model->params, index->q_bias, index->v_bias, block->gradient);
-        return ee_linear_backward_weight(model->ctx, &dw, c->bias_q ? &bias : NULL, &dy, &x);
+        return ee_queue_product(model->ctx, block->queue, &dw, c->bias_q ? &bias : NULL, &dy, &x);
     }
     const int32_t weights[] = {index->q, index->k, index->v};
     const int32_t biases[] = {index->q_bias, index->k_bias, index->v_bias};
@@ -90,9 +90,9 @@ static enum ee_status qkv_weight_gradient(const struct ee_block *block, int64_t 
     for (int i = 0; i < 3; i++) {
         struct ee_tensor dw = ee_param_tensor(model->params, weights[i], block->gradient);
         struct ee_tensor dy = ee_matrix_strided(dqkv + column, rows, dw.shape[0], width);
-        EE_TRY(ee_linear_backward_weight(
-            model->ctx, &dw, ee_optional(model->params, biases[i], block->gradient, &bias), &dy,
-            &x));
+        EE_TRY(ee_queue_product(model->ctx, block->queue, &dw,
+                                ee_optional(model->params, biases[i], block->gradient, &bias), &dy,
+                                &x));
         column += dw.shape[0];
     }
     return EE_OK;
@@ -286,11 +286,11 @@ static enum ee_status attention_gradient(const struct ee_block *block, const str
     float *dqkv, *dout;
     struct ee_tensor d = ee_matrix(dy, n, c->hidden_size), storage;
     enum ee_status status;
-    EE_GOTO(status, ee_scratch_floats(ctx, &dqkv, n * qkv_width), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &dqkv, n * qkv_width), done);
     EE_GOTO(status, ee_scratch_floats(ctx, &dout, n * out_width), done);
     if (ee_dropout_on(batch, c->residual_dropout)) {
         float *dropped;
-        EE_GOTO(status, ee_scratch_floats(ctx, &dropped, n * c->hidden_size), done);
+        EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &dropped, n * c->hidden_size), done);
         struct ee_tensor t = ee_matrix(dropped, n, c->hidden_size);
         struct ee_dropout dropout =
             ee_dropout_at(batch, c->residual_dropout, block->site, EE_DROP_RESIDUAL);
@@ -302,9 +302,9 @@ static enum ee_status attention_gradient(const struct ee_block *block, const str
     struct ee_tensor dwo = ee_param_tensor(params, block->index->o, block->gradient);
     EE_GOTO(status, ee_linear_backward_input(ctx, &da, &d, &o, false), done);
     EE_GOTO(status,
-            ee_linear_backward_weight(
-                ctx, &dwo, ee_optional(params, block->index->o_bias, block->gradient, &storage), &d,
-                &a),
+            ee_queue_product(ctx, block->queue, &dwo,
+                             ee_optional(params, block->index->o_bias, block->gradient, &storage),
+                             &d, &a),
             done);
     struct heads v = head_views(c, n, acts->qkv, c->qk_norm ? acts->qk : NULL);
     struct heads g = head_views(c, n, dqkv, NULL);
@@ -339,9 +339,9 @@ static enum ee_status backward_parallel(const struct ee_block *block, const stru
     struct ee_scratch_mark mark = ee_scratch_mark(ctx);
     float *h, *dh, *dy;
     enum ee_status status;
-    EE_GOTO(status, ee_scratch_floats(ctx, &h, size), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &h, size), done);
     EE_GOTO(status, ee_scratch_floats(ctx, &dh, size), done);
-    EE_GOTO(status, ee_scratch_floats(ctx, &dy, size), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &dy, size), done);
     memcpy(dy, dx, (size_t)size * sizeof *dy);
     bool shared = c->shared_norm;
     EE_GOTO(
@@ -349,20 +349,23 @@ static enum ee_status backward_parallel(const struct ee_block *block, const stru
         ee_norm_forward(model, block->index->norm2, n, h, shared ? NULL : acts->stats2, acts->x),
         done);
     EE_GOTO(status,
-            ee_mlp_gradient(model, &block->index->mlp, batch, block->site, block->gradient, dh, dy,
-                            h, acts->up, false),
+            ee_mlp_gradient(model, &block->index->mlp, batch, block->site, block->gradient,
+                            block->queue, dh, dy, h, acts->up, false),
             done);
     if (!shared) {
         EE_GOTO(status,
-                ee_norm_gradient(model, block->index->norm2, block->gradient, n, dx, dh, acts->x,
-                                 acts->stats2),
+                ee_norm_gradient(model, block->index->norm2, block->index->norm2, block->gradient,
+                                 n, dx, dh, acts->x, acts->stats2),
                 done);
+        /* A queue still needs the other norm's output. */
+        if (block->queue)
+            EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &h, size), done);
         EE_GOTO(status, ee_norm_forward(model, block->index->norm1, n, h, NULL, acts->x), done);
     }
     EE_GOTO(status, attention_gradient(block, batch, acts, dh, dy, h, shared), done);
     EE_GOTO(status,
-            ee_norm_gradient(model, block->index->norm1, block->gradient, n, dx, dh, acts->x,
-                             acts->stats1),
+            ee_norm_gradient(model, block->index->norm1, block->index->norm1, block->gradient, n,
+                             dx, dh, acts->x, acts->stats1),
             done);
 done:
     ee_scratch_release(ctx, mark);
@@ -380,17 +383,17 @@ enum ee_status ee_block_backward_mlp(const struct ee_block *block, const struct 
     struct ee_scratch_mark mark = ee_scratch_mark(ctx);
     float *h, *dh;
     enum ee_status status;
-    EE_GOTO(status, ee_scratch_floats(ctx, &h, size), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &h, size), done);
     EE_GOTO(status, ee_scratch_floats(ctx, &dh, size), done);
     EE_GOTO(status, ee_norm_forward(model, block->index->norm2, n, h, acts->stats2, acts->mid),
             done);
     EE_GOTO(status,
-            ee_mlp_gradient(model, &block->index->mlp, batch, block->site, block->gradient, dh, dx,
-                            h, acts->up, false),
+            ee_mlp_gradient(model, &block->index->mlp, batch, block->site, block->gradient,
+                            block->queue, dh, dx, h, acts->up, false),
             done);
     EE_GOTO(status,
-            ee_norm_gradient(model, block->index->norm2, block->gradient, n, dx, dh, acts->mid,
-                             acts->stats2),
+            ee_norm_gradient(model, block->index->norm2, block->index->norm2, block->gradient, n,
+                             dx, dh, acts->mid, acts->stats2),
             done);
 done:
     ee_scratch_release(ctx, mark);
@@ -409,13 +412,13 @@ enum ee_status ee_block_backward_attention(const struct ee_block *block,
     struct ee_scratch_mark mark = ee_scratch_mark(ctx);
     float *h, *dh;
     enum ee_status status;
-    EE_GOTO(status, ee_scratch_floats(ctx, &h, size), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, block->queue, &h, size), done);
     EE_GOTO(status, ee_scratch_floats(ctx, &dh, size), done);
     EE_GOTO(status, ee_norm_forward(model, block->index->norm1, n, h, acts->stats1, acts->x), done);
     EE_GOTO(status, attention_gradient(block, batch, acts, dh, dx, h, false), done);
     EE_GOTO(status,
-            ee_norm_gradient(model, block->index->norm1, block->gradient, n, dx, dh, acts->x,
-                             acts->stats1),
+            ee_norm_gradient(model, block->index->norm1, block->index->norm1, block->gradient, n,
+                             dx, dh, acts->x, acts->stats1),
             done);
 done:
     ee_scratch_release(ctx, mark);

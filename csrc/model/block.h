@@ -7,7 +7,7 @@
 #ifndef EE_BLOCK_H
 #define EE_BLOCK_H
 
-#include "model/model.h"
+#include "model/queue.h"
 
 EE_EXTERN_C_BEGIN
 
@@ -42,9 +42,10 @@ struct ee_block_acts {
 struct ee_block {
     const struct ee_model *model;
     const struct ee_block_index *index;
-    int32_t layer;   /* from 0: whose attention parameters apply */
-    int32_t site;    /* distinct for each block of a model, the key of its dropout */
-    float *gradient; /* the gradient arena, NULL where only forward is called */
+    int32_t layer;                 /* from 0: whose attention parameters apply */
+    int32_t site;                  /* distinct for each block of a model, the key of its dropout */
+    float *gradient;               /* the gradient arena, NULL where only forward is called */
+    struct ee_weight_queue *queue; /* takes the backward's weight gradients; NULL: at once */
 };
 
 /* Elements of each piece of acts, for laying them out. */
@@ -85,14 +86,16 @@ EE_WARN_UNUSED enum ee_status ee_norm_forward(const struct ee_model *model,
                                               struct ee_norm_index index, int64_t rows, float *h,
                                               float *stats, const float *x);
 
-/* dx += gradient of ee_norm_forward; parameter gradients go to the arena. */
+/* dx += gradient of ee_norm_forward; those of its parameters go to rows `into` of the arena. */
 EE_WARN_UNUSED enum ee_status ee_norm_gradient(const struct ee_model *model,
-                                               struct ee_norm_index index, float *gradient,
+                                               struct ee_norm_index index,
+                                               struct ee_norm_index into, float *gradient,
                                                int64_t rows, float *acc_dx, const float *dh,
                                                const float *x, const float *stats);
 
 /* The MLP proper: up[N, F or 2F] from h[N, C]; y[N, C] = residual + down(activation(up)), dropout
- * included; and the gradient: dh[N, C] = (or +=) from dy[N, C], given h and up (overwritten). */
+ * included; and the gradient: dh[N, C] = (or +=) from dy[N, C], given h and up (overwritten); with
+ * a queue that takes the weight gradients, h is best a buffer of it. */
 EE_WARN_UNUSED enum ee_status ee_mlp_up(const struct ee_model *model,
                                         const struct ee_mlp_index *index, int64_t rows, float *up,
                                         const float *h);
@@ -103,8 +106,9 @@ EE_WARN_UNUSED enum ee_status ee_mlp_down(const struct ee_model *model,
 EE_WARN_UNUSED enum ee_status ee_mlp_gradient(const struct ee_model *model,
                                               const struct ee_mlp_index *index,
                                               const struct ee_batch *batch, int32_t site,
-                                              float *gradient, float *dh, const float *dy,
-                                              const float *h, float *up, bool accumulate);
+                                              float *gradient, struct ee_weight_queue *queue,
+                                              float *dh, const float *dy, const float *h, float *up,
+                                              bool accumulate);
 
 EE_EXTERN_C_END
 

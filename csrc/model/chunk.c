@@ -59,15 +59,43 @@ static void share_acts(struct ee_block_acts *acts, const struct ee_block_acts *s
     }
 }
 
+static int32_t layer_count(const struct ee_chunk *chunk) {
+    return chunk->stage->last_layer - chunk->stage->first_layer;
+}
+
+static int32_t exit_count(const struct ee_chunk *chunk) {
+    int32_t count = 0;
+    for (int32_t e = 0; e < chunk->model->params->exits; e++)
+        count += chunk->stage->exit[e];
+    return count;
+}
+
+static enum ee_status lay_out_queues(struct ee_chunk *chunk) {
+    const struct ee_config *c = &chunk->model->config;
+    int64_t floats = layer_count(chunk) * ee_queue_layer_floats(c, chunk->options.rows);
+    if (chunk->options.defer_exits)
+        floats += exit_count(chunk) * ee_queue_exit_floats(c, chunk->options.rows);
+    int32_t notes = layer_count(chunk) * EE_QUEUE_LAYER_NOTES + exit_count(chunk);
+    for (int32_t i = 0; i < chunk->options.queues; i++) {
+        struct ee_weight_queue *queue = &chunk->queues[i];
+        *queue = (struct ee_weight_queue){.floats = floats, .capacity = notes};
+        void *memory;
+        EE_TRY(take(&chunk->arena, &queue->memory, floats));
+        EE_TRY(ee_arena_take(&chunk->arena, &memory, notes, sizeof(struct ee_weight_note)));
+        queue->notes = memory;
+    }
+    return EE_OK;
+}
+
 /* Run twice: once to measure, once to get pointers. */
 static enum ee_status lay_out(struct ee_chunk *chunk) {
     const struct ee_config *c = &chunk->model->config;
-    struct ee_block_sizes sizes = ee_block_sizes(c, chunk->rows);
-    int32_t layers = chunk->last_layer - chunk->first_layer;
-    int mask = kept[chunk->recompute];
+    struct ee_block_sizes sizes = ee_block_sizes(c, chunk->options.rows);
+    int32_t layers = layer_count(chunk);
+    int mask = kept[chunk->options.recompute];
     EE_TRY(take_acts(&chunk->arena, &chunk->transient, &sizes, ~mask & ~KEEP_X));
-    EE_TRY(take(&chunk->arena, &chunk->dx, sizes.x));
-    for (int32_t s = 0; s < chunk->slots; s++) {
+    EE_TRY(lay_out_queues(chunk));
+    for (int32_t s = 0; s < chunk->options.slots; s++) {
         for (int32_t l = 0; l < layers; l++) {
             struct ee_block_acts *acts = &chunk->acts[s * layers + l];
             EE_TRY(take_acts(&chunk->arena, acts, &sizes, mask));
@@ -78,28 +106,26 @@ static enum ee_status lay_out(struct ee_chunk *chunk) {
     return EE_OK;
 }
 
-enum ee_status ee_chunk_create(struct ee_chunk **out, const struct ee_model *model, int64_t rows,
-                               int32_t slots, enum ee_recompute recompute) {
+enum ee_status ee_chunk_create(struct ee_chunk **out, const struct ee_model *model,
+                               const struct ee_stage *stage,
+                               const struct ee_chunk_options *options) {
     *out = NULL;
     EE_TRY(ee_model_require_weights(model));
     void *memory;
     EE_TRY(ee_alloc(&memory, sizeof(struct ee_chunk), "a chunk"));
     struct ee_chunk *chunk = memory;
-    *chunk = (struct ee_chunk){.model = model,
-                               .last_layer = model->config.num_layers,
-                               .recompute = recompute,
-                               .rows = rows,
-                               .slots = slots};
-    ee_arena_init(&chunk->arena, "the activations");
-    size_t layers = (size_t)model->config.num_layers;
+    *chunk = (struct ee_chunk){.model = model, .stage = stage, .options = *options};
+    const char *what = "the activations";
+    ee_arena_init(&chunk->arena, what);
+    size_t slots = (size_t)options->slots, layers = (size_t)layer_count(chunk);
     enum ee_status status;
-    EE_GOTO(
-        status,
-        ee_alloc(&memory, sizeof(struct ee_block_acts) * layers * (size_t)slots, "the activations"),
-        fail);
+    EE_GOTO(status, ee_alloc(&memory, sizeof(struct ee_block_acts) * layers * slots, what), fail);
     chunk->acts = memory;
-    EE_GOTO(status, ee_alloc(&memory, sizeof(float *) * (size_t)slots, "the activations"), fail);
+    EE_GOTO(status, ee_alloc(&memory, sizeof(float *) * slots, what), fail);
     chunk->output = memory;
+    size_t queues = (size_t)options->queues;
+    EE_GOTO(status, ee_alloc(&memory, sizeof(struct ee_weight_queue) * queues, what), fail);
+    chunk->queues = memory;
     EE_GOTO(status, lay_out(chunk), fail);
     EE_GOTO(status, ee_arena_bind(&chunk->arena, 0), fail);
     EE_GOTO(status, lay_out(chunk), fail);
@@ -116,17 +142,19 @@ void ee_chunk_destroy(struct ee_chunk *chunk) {
     ee_arena_free(&chunk->arena);
     ee_free(chunk->acts);
     ee_free(chunk->output);
+    ee_free(chunk->queues);
     ee_free(chunk);
 }
 
-static struct ee_block_acts *slot_acts(const struct ee_chunk *chunk, int32_t slot) {
-    return chunk->acts + slot * (chunk->last_layer - chunk->first_layer);
+/* The activations of a layer of the model in a slot. */
+static struct ee_block_acts *acts_of(const struct ee_chunk *chunk, int32_t slot, int32_t layer) {
+    return &chunk->acts[slot * layer_count(chunk) + layer - chunk->stage->first_layer];
 }
 
-static struct ee_block layer_block(const struct ee_chunk *chunk, int32_t layer, float *gradient) {
+static struct ee_block layer_block(const struct ee_chunk *chunk, int32_t layer) {
     const struct ee_model *model = chunk->model;
-    struct ee_block block = {model, &model->params->layers[layer], layer, layer + 1, gradient};
-    return block;
+    return (struct ee_block){
+        .model = model, .index = &model->params->layers[layer], .layer = layer, .site = layer + 1};
 }
 
 /* Tokens to x[N, C]. */
@@ -163,88 +191,116 @@ static enum ee_status embed_backward(const struct ee_model *model, const struct 
 
 /* Where the layer's output goes: the input of the next one, or the slot's output. */
 static float *layer_output(const struct ee_chunk *chunk, int32_t slot, int32_t layer) {
-    return layer + 1 < chunk->last_layer ? slot_acts(chunk, slot)[layer + 1].x
-                                         : chunk->output[slot];
-}
-
-/* The hidden state at an even depth. */
-static float *state_at(const struct ee_chunk *chunk, int32_t slot, int32_t depth) {
-    return depth == 0 ? slot_acts(chunk, slot)[0].x : layer_output(chunk, slot, depth / 2 - 1);
+    return layer + 1 < chunk->stage->last_layer ? acts_of(chunk, slot, layer + 1)->x
+                                                : chunk->output[slot];
 }
 
 enum ee_status ee_chunk_forward(struct ee_chunk *chunk, int32_t slot,
                                 const struct ee_batch *batch) {
-    EE_ASSERT(batch->rows <= chunk->rows && slot < chunk->slots);
-    EE_TRY(embed(chunk->model, batch, state_at(chunk, slot, 0)));
-    for (int32_t l = chunk->first_layer; l < chunk->last_layer; l++) {
-        struct ee_block block = layer_block(chunk, l, NULL);
-        EE_TRY(ee_block_forward(&block, batch, &slot_acts(chunk, slot)[l],
-                                layer_output(chunk, slot, l)));
+    EE_ASSERT(batch->rows <= chunk->options.rows && slot < chunk->options.slots);
+    if (chunk->stage->embeds)
+        EE_TRY(embed(chunk->model, batch, *ee_chunk_input(chunk, slot)));
+    for (int32_t l = chunk->stage->first_layer; l < chunk->stage->last_layer; l++) {
+        struct ee_block block = layer_block(chunk, l);
+        EE_TRY(
+            ee_block_forward(&block, batch, acts_of(chunk, slot, l), layer_output(chunk, slot, l)));
     }
     return EE_OK;
 }
 
-/* Runs the exits at a depth in list order. */
-static enum ee_status exits_at(const struct ee_model *model, int32_t depth,
+/* Runs the chunk's exits at a depth in list order. */
+static enum ee_status exits_at(const struct ee_chunk *chunk, int32_t depth,
                                const struct ee_batch *batch, const float *hidden,
                                const struct ee_exit_run *run) {
-    for (int32_t e = 0; e < model->params->exits; e++)
-        if (model->params->exit[e].depth == depth)
-            EE_TRY(ee_exit_run(model, e, batch, hidden, &run[e]));
+    const struct ee_params *params = chunk->model->params;
+    for (int32_t e = 0; e < params->exits; e++)
+        if (chunk->stage->exit[e] && params->exit[e].depth == depth)
+            EE_TRY(ee_exit_run(chunk->model, e, batch, hidden, &run[e]));
     return EE_OK;
 }
 
-enum ee_status ee_chunk_backward(struct ee_chunk *chunk, int32_t slot, const struct ee_batch *batch,
-                                 float *gradient, const struct ee_exit_training *training,
-                                 double tokens, struct ee_exit_sums *sums) {
-    const struct ee_model *model = chunk->model;
+static struct ee_exit_run exit_run(const struct ee_backward *backward, int32_t e) {
+    return (struct ee_exit_run){.training = &backward->training[e],
+                                .tokens = backward->tokens[e],
+                                .sums = &backward->sums[e],
+                                .gradient = backward->gradient};
+}
+
+enum ee_status ee_chunk_backward(struct ee_chunk *chunk, int32_t slot, int32_t queue,
+                                 const struct ee_batch *batch, float *dx,
+                                 const struct ee_backward *backward) {
+    const struct ee_stage *stage = chunk->stage;
+    struct ee_weight_queue *put_off = queue < 0 ? NULL : &chunk->queues[queue];
     struct ee_exit_run run[EE_MAX_EXITS + 1] = {0};
-    for (int32_t e = 0; e < model->params->exits; e++)
-        run[e] = (struct ee_exit_run){.training = &training[e],
-                                      .tokens = tokens,
-                                      .sums = &sums[e],
-                                      .gradient = gradient,
-                                      .acc_dx = chunk->dx};
-    memset(chunk->dx, 0, (size_t)(batch->rows * model->config.hidden_size) * sizeof(float));
-    for (int32_t l = chunk->last_layer - 1; l >= chunk->first_layer; l--) {
-        struct ee_block block = layer_block(chunk, l, gradient);
-        const struct ee_block_acts *acts = &slot_acts(chunk, slot)[l];
-        EE_TRY(exits_at(model, 2 * l + 2, batch, layer_output(chunk, slot, l), run));
-        if (chunk->recompute == EE_RECOMPUTE_FULL)
-            EE_TRY(ee_block_recompute(&block, batch, acts));
-        else if (chunk->recompute == EE_RECOMPUTE_ATTENTION)
-            EE_TRY(ee_block_recompute_attention(&block, batch, acts));
-        EE_TRY(ee_block_backward_mlp(&block, batch, acts, chunk->dx));
-        EE_TRY(exits_at(model, 2 * l + 1, batch, acts->mid, run));
-        EE_TRY(ee_block_backward_attention(&block, batch, acts, chunk->dx));
+    for (int32_t e = 0; e < chunk->model->params->exits; e++) {
+        run[e] = exit_run(backward, e);
+        run[e].acc_dx = dx;
+        run[e].queue = chunk->options.defer_exits ? put_off : NULL;
     }
-    EE_TRY(exits_at(model, 0, batch, state_at(chunk, slot, 0), run));
-    return embed_backward(model, batch, gradient, chunk->dx);
+    if (put_off)
+        ee_queue_clear(put_off);
+    for (int32_t l = stage->last_layer - 1; l >= stage->first_layer; l--) {
+        struct ee_block block = layer_block(chunk, l);
+        block.gradient = backward->gradient;
+        block.queue = put_off;
+        const struct ee_block_acts *acts = acts_of(chunk, slot, l);
+        EE_TRY(exits_at(chunk, 2 * l + 2, batch, layer_output(chunk, slot, l), run));
+        if (chunk->options.recompute == EE_RECOMPUTE_FULL)
+            EE_TRY(ee_block_recompute(&block, batch, acts));
+        else if (chunk->options.recompute == EE_RECOMPUTE_ATTENTION)
+            EE_TRY(ee_block_recompute_attention(&block, batch, acts));
+        EE_TRY(ee_block_backward_mlp(&block, batch, acts, dx));
+        EE_TRY(exits_at(chunk, 2 * l + 1, batch, acts->mid, run));
+        EE_TRY(ee_block_backward_attention(&block, batch, acts, dx));
+    }
+    EE_TRY(exits_at(chunk, 2 * stage->first_layer, batch, *ee_chunk_input(chunk, slot), run));
+    return stage->embeds ? embed_backward(chunk->model, batch, backward->gradient, dx) : EE_OK;
+}
+
+enum ee_status ee_chunk_backward_weight(struct ee_chunk *chunk, int32_t queue,
+                                        const struct ee_batch *batch,
+                                        const struct ee_backward *backward) {
+    const struct ee_weight_queue *q = &chunk->queues[queue];
+    for (int32_t i = 0; i < q->count; i++) {
+        const struct ee_weight_note *note = &q->notes[i];
+        if (note->exit >= 0) {
+            struct ee_exit_run run = exit_run(backward, note->exit);
+            EE_TRY(ee_exit_run_weight(chunk->model, note->exit, batch, note->x.data, &run));
+        } else {
+            EE_TRY(ee_linear_backward_weight(chunk->model->ctx, &note->dw,
+                                             note->has_bias ? &note->dbias : NULL, &note->dy,
+                                             &note->x));
+        }
+    }
+    return EE_OK;
 }
 
 enum ee_status ee_chunk_evaluate(struct ee_chunk *chunk, const struct ee_batch *batch,
                                  const struct ee_exit_run *run) {
-    const struct ee_model *model = chunk->model;
+    const struct ee_stage *stage = chunk->stage;
     struct ee_batch plain = *batch;
     plain.dropout = false;
-    EE_TRY(embed(model, &plain, state_at(chunk, 0, 0)));
-    EE_TRY(exits_at(model, 0, &plain, state_at(chunk, 0, 0), run));
-    for (int32_t l = chunk->first_layer; l < chunk->last_layer; l++) {
-        struct ee_block block = layer_block(chunk, l, NULL);
-        const struct ee_block_acts *acts = &slot_acts(chunk, 0)[l];
+    float *x = *ee_chunk_input(chunk, 0);
+    if (stage->embeds)
+        EE_TRY(embed(chunk->model, &plain, x));
+    EE_TRY(exits_at(chunk, 2 * stage->first_layer, &plain, x, run));
+    for (int32_t l = stage->first_layer; l < stage->last_layer; l++) {
+        struct ee_block block = layer_block(chunk, l);
+        const struct ee_block_acts *acts = acts_of(chunk, 0, l);
         float *y = layer_output(chunk, 0, l);
         EE_TRY(ee_block_forward(&block, &plain, acts, y));
-        EE_TRY(exits_at(model, 2 * l + 1, &plain, acts->mid, run));
-        EE_TRY(exits_at(model, 2 * l + 2, &plain, y, run));
+        EE_TRY(exits_at(chunk, 2 * l + 1, &plain, acts->mid, run));
+        EE_TRY(exits_at(chunk, 2 * l + 2, &plain, y, run));
     }
     return EE_OK;
 }
 
 double ee_chunk_flops(const struct ee_chunk *chunk, int64_t rows) {
     const struct ee_model *model = chunk->model;
-    double total =
-        3 * ee_block_flops(&model->config, rows) * (chunk->last_layer - chunk->first_layer);
+    double total = 3 * ee_block_flops(&model->config, rows) * layer_count(chunk);
     for (int32_t e = 0; e < model->params->exits; e++) {
+        if (!chunk->stage->exit[e])
+            continue;
         double forward, backward;
         ee_exit_flops(model, e, rows, &forward, &backward);
         total += forward + backward;

@@ -69,6 +69,8 @@ static enum ee_status chunk_loss(const struct ee_model *model, const struct ee_b
     struct ee_loss_params params = {model->config.logit_softcap, run->training->temperature,
                                     run->training->dynamic, run->gradient != NULL};
     EE_TRY(ee_cross_entropy(model->ctx, &loss, &confidence, &logits, target, &row_weight, &params));
+    if (!run->sums)
+        return EE_OK;
     for (int64_t i = 0; i < rows; i++) {
         run->sums->loss += b->loss[i];
         run->sums->confidence += b->confidence[i];
@@ -77,7 +79,8 @@ static enum ee_status chunk_loss(const struct ee_model *model, const struct ee_b
     return EE_OK;
 }
 
-/* From the gradient of the logits to those of the output matrix, the norm and the hidden state. */
+/* From the gradient of the logits to those of the output matrix (unless a queue has it), and of the
+ * norm and the hidden state (unless acc_dx is NULL). */
 static enum ee_status chunk_backward(const struct ee_model *model, const struct ee_exit_index *exit,
                                      const struct ee_exit_run *run, const struct chunk_buffers *b,
                                      const float *hidden, float *acc_dx, int64_t rows) {
@@ -86,22 +89,26 @@ static enum ee_status chunk_backward(const struct ee_model *model, const struct 
     struct ee_tensor dlogits = ee_matrix(b->logits, rows, c->vocab_size);
     struct ee_tensor h = ee_matrix(norm ? b->h : hidden, rows, c->hidden_size);
     struct ee_tensor dh = ee_matrix(norm ? b->dh : acc_dx, rows, c->hidden_size);
-    struct ee_tensor dw = ee_param_tensor(model->params, exit->output, run->gradient);
+    struct ee_tensor dw = ee_param_tensor(model->params, exit->output_gradient, run->gradient);
     struct ee_weight w =
         ee_joined_weight(model->params, exit->output, exit->output, model->weights);
-    EE_TRY(ee_linear_backward_weight(model->ctx, &dw, NULL, &dlogits, &h));
+    if (!run->queue)
+        EE_TRY(ee_linear_backward_weight(model->ctx, &dw, NULL, &dlogits, &h));
+    if (!acc_dx)
+        return EE_OK;
     EE_TRY(ee_linear_backward_input(model->ctx, &dh, &dlogits, &w, !norm));
     if (!norm)
         return EE_OK;
-    return ee_norm_gradient(model, exit->norm, run->gradient, rows, acc_dx, b->dh, hidden,
-                            b->stats);
+    return ee_norm_gradient(model, exit->norm, exit->norm_gradient, run->gradient, rows, acc_dx,
+                            b->dh, hidden, b->stats);
 }
 
 /* Norm, output matrix and loss over chunks of rows. */
-static enum ee_status run_head(const struct ee_model *model, const struct ee_exit_index *exit,
+static enum ee_status run_head(const struct ee_model *model, int32_t e,
                                const struct ee_batch *batch, const float *hidden, float *acc_dx,
                                const struct ee_exit_run *run) {
     const struct ee_config *c = &model->config;
+    const struct ee_exit_index *exit = &model->params->exit[e];
     struct ee_ctx *ctx = model->ctx;
     struct ee_scratch_mark mark = ee_scratch_mark(ctx);
     int64_t width = c->hidden_size, step = chunk_rows(batch->rows, c->vocab_size);
@@ -121,14 +128,18 @@ static enum ee_status run_head(const struct ee_model *model, const struct ee_exi
         struct ee_tensor logits = ee_matrix(b.logits, rows, c->vocab_size);
         struct ee_tensor in = ee_matrix(h, rows, width);
         EE_GOTO(status, ee_linear(ctx, &logits, &in, &w, NULL, NULL), done);
-        if (run->sums)
+        if (run->sums || run->gradient)
             EE_GOTO(status, chunk_loss(model, batch, run, &b, first, rows), done);
         if (run->gradient)
-            EE_GOTO(status, chunk_backward(model, exit, run, &b, x, acc_dx + first * width, rows),
+            EE_GOTO(status,
+                    chunk_backward(model, exit, run, &b, x, acc_dx ? acc_dx + first * width : NULL,
+                                   rows),
                     done);
         else
             EE_GOTO(status, read_logits(model, run, &b, first, rows), done);
     }
+    if (run->queue)
+        status = ee_queue_exit(run->queue, e, hidden, batch->rows, width);
 done:
     ee_scratch_release(ctx, mark);
     return status;
@@ -156,17 +167,19 @@ static enum ee_status run_mlp_branch(const struct ee_model *model, int32_t e,
     EE_GOTO(status, ee_mlp_up(model, &exit->mlp, n, up, h), done);
     EE_GOTO(status, ee_mlp_down(model, &exit->mlp, batch, site, out, up, hidden), done);
     if (!run->gradient) {
-        status = run_head(model, exit, batch, out, NULL, run);
+        status = run_head(model, e, batch, out, NULL, run);
         goto done;
     }
     EE_GOTO(status, ee_scratch_floats(ctx, &dout, sizes.x), done);
     EE_GOTO(status, ee_scratch_floats(ctx, &dh, sizes.x), done);
     memset(dout, 0, (size_t)sizes.x * sizeof(float));
-    EE_GOTO(status, run_head(model, exit, batch, out, dout, run), done);
+    EE_GOTO(status, run_head(model, e, batch, out, dout, run), done);
     EE_GOTO(status,
-            ee_mlp_gradient(model, &exit->mlp, batch, site, run->gradient, dh, dout, h, up, false),
+            ee_mlp_gradient(model, &exit->mlp, batch, site, run->gradient, NULL, dh, dout, h, up,
+                            false),
             done);
-    EE_GOTO(status, ee_norm_gradient(model, norm, run->gradient, n, run->acc_dx, dh, hidden, stats),
+    EE_GOTO(status,
+            ee_norm_gradient(model, norm, norm, run->gradient, n, run->acc_dx, dh, hidden, stats),
             done);
     struct ee_tensor dx = ee_vector(run->acc_dx, sizes.x), residual = ee_vector(dout, sizes.x);
     EE_GOTO(status, ee_add(ctx, &dx, &residual), done);
@@ -198,8 +211,11 @@ static enum ee_status run_block_branch(const struct ee_model *model, int32_t e,
                                        const struct ee_exit_run *run) {
     const struct ee_config *c = &model->config;
     const struct ee_exit_index *exit = &model->params->exit[e];
-    struct ee_block block = {model, &exit->block, c->exits[e].layer - 1, c->num_layers + 1 + e,
-                             run->gradient};
+    struct ee_block block = {.model = model,
+                             .index = &exit->block,
+                             .layer = c->exits[e].layer - 1,
+                             .site = c->num_layers + 1 + e,
+                             .gradient = run->gradient};
     struct ee_ctx *ctx = model->ctx;
     struct ee_scratch_mark mark = ee_scratch_mark(ctx);
     int64_t size = batch->rows * c->hidden_size;
@@ -213,12 +229,12 @@ static enum ee_status run_block_branch(const struct ee_model *model, int32_t e,
     acts.x = x;
     EE_GOTO(status, ee_block_forward(&block, batch, &acts, out), done);
     if (!run->gradient) {
-        status = run_head(model, exit, batch, out, NULL, run);
+        status = run_head(model, e, batch, out, NULL, run);
         goto done;
     }
     EE_GOTO(status, ee_scratch_floats(ctx, &dout, size), done);
     memset(dout, 0, (size_t)size * sizeof(float));
-    EE_GOTO(status, run_head(model, exit, batch, out, dout, run), done);
+    EE_GOTO(status, run_head(model, e, batch, out, dout, run), done);
     EE_GOTO(status, ee_block_backward_mlp(&block, batch, &acts, dout), done);
     EE_GOTO(status, ee_block_backward_attention(&block, batch, &acts, dout), done);
     struct ee_tensor dx = ee_vector(run->acc_dx, size), branch = ee_vector(dout, size);
@@ -235,7 +251,16 @@ enum ee_status ee_exit_run(const struct ee_model *model, int32_t e, const struct
         return run_mlp_branch(model, e, batch, hidden, run);
     if (exit->branch == EE_BRANCH_BLOCK)
         return run_block_branch(model, e, batch, hidden, run);
-    return run_head(model, exit, batch, hidden, run->acc_dx, run);
+    return run_head(model, e, batch, hidden, run->acc_dx, run);
+}
+
+enum ee_status ee_exit_run_weight(const struct ee_model *model, int32_t e,
+                                  const struct ee_batch *batch, const float *x,
+                                  const struct ee_exit_run *run) {
+    struct ee_exit_run weight = *run;
+    weight.sums = NULL;
+    weight.queue = NULL;
+    return run_head(model, e, batch, x, NULL, &weight);
 }
 
 static double mlp_flops(const struct ee_config *c, int64_t rows) {

@@ -33,11 +33,12 @@ struct ee_exit_run {
     const struct ee_exit_training *training;
     double tokens; /* unmasked tokens of the whole global batch: the loss's denominator */
     struct ee_exit_sums *sums;
-    float *gradient;   /* the gradient arena; NULL: forward only */
-    float *acc_dx;     /* [N, C] += gradient of the hidden state */
-    float *logits;     /* [N, V] the raw logits (after the softcap), forward only */
-    float *confidence; /* [N] forward only: largest probability of the raw logits */
-    int32_t *token;    /* [N] forward only: their argmax */
+    float *gradient;               /* the gradient arena; NULL: forward only */
+    float *acc_dx;                 /* [N, C] += gradient of the hidden state */
+    struct ee_weight_queue *queue; /* takes the gradient of the output matrix; NULL: at once */
+    float *logits;                 /* [N, V] the raw logits (after the softcap), forward only */
+    float *confidence;             /* [N] forward only: largest probability of the raw logits */
+    int32_t *token;                /* [N] forward only: their argmax */
 };
 
 /* Runs exit e (an index into params->exit) of a microbatch. `hidden` [N, C] is the state at the
@@ -45,6 +46,12 @@ struct ee_exit_run {
 EE_WARN_UNUSED enum ee_status ee_exit_run(const struct ee_model *model, int32_t e,
                                           const struct ee_batch *batch, const float *hidden,
                                           const struct ee_exit_run *run);
+
+/* The gradient of the output matrix that a queue noted: x[N, C] is the input of the head's norm.
+ * Runs the head's forward again, chunk by chunk; sums of `run` are left alone. */
+EE_WARN_UNUSED enum ee_status ee_exit_run_weight(const struct ee_model *model, int32_t e,
+                                                 const struct ee_batch *batch, const float *x,
+                                                 const struct ee_exit_run *run);
 
 /* Floating-point operations of the matrix products of an exit: forward, and backward. */
 void ee_exit_flops(const struct ee_model *model, int32_t e, int64_t rows, double *forward,

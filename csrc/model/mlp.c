@@ -13,17 +13,18 @@ enum ee_status ee_norm_forward(const struct ee_model *model, struct ee_norm_inde
 }
 
 enum ee_status ee_norm_gradient(const struct ee_model *model, struct ee_norm_index index,
-                                float *gradient, int64_t rows, float *acc_dx, const float *dh,
-                                const float *x, const float *stats) {
+                                struct ee_norm_index into, float *gradient, int64_t rows,
+                                float *acc_dx, const float *dh, const float *x,
+                                const float *stats) {
     const struct ee_params *params = model->params;
     int64_t width = model->config.hidden_size;
     struct ee_tensor dx = ee_matrix(acc_dx, rows, width), dy = ee_matrix(dh, rows, width);
     struct ee_tensor in = ee_matrix(x, rows, width), storage;
     struct ee_tensor mean = ee_vector(stats, rows), rstd = ee_vector(stats + rows, rows);
     struct ee_tensor weight = ee_param_tensor(params, index.weight, model->weights);
-    struct ee_tensor dweight = ee_param_tensor(params, index.weight, gradient);
+    struct ee_tensor dweight = ee_param_tensor(params, into.weight, gradient);
     return ee_norm_backward(model->ctx, &dx, &dweight,
-                            ee_optional(params, index.bias, gradient, &storage), &dy, &in, &weight,
+                            ee_optional(params, into.bias, gradient, &storage), &dy, &in, &weight,
                             &mean, &rstd, &model->config.norm, true);
 }
 
@@ -92,8 +93,8 @@ done:
 
 enum ee_status ee_mlp_gradient(const struct ee_model *model, const struct ee_mlp_index *index,
                                const struct ee_batch *batch, int32_t site, float *gradient,
-                               float *dh, const float *dy, const float *h, float *up,
-                               bool accumulate) {
+                               struct ee_weight_queue *queue, float *dh, const float *dy,
+                               const float *h, float *up, bool accumulate) {
     const struct ee_config *c = &model->config;
     const struct ee_params *params = model->params;
     struct ee_ctx *ctx = model->ctx;
@@ -102,10 +103,10 @@ enum ee_status ee_mlp_gradient(const struct ee_model *model, const struct ee_mlp
     struct ee_tensor d = ee_matrix(dy, rows, width), storage;
     enum ee_status status;
     float *active;
-    EE_GOTO(status, ee_scratch_floats(ctx, &active, rows * c->intermediate_size), done);
+    EE_GOTO(status, ee_queue_buffer(ctx, queue, &active, rows * c->intermediate_size), done);
     if (ee_dropout_on(batch, c->residual_dropout)) {
         float *dropped;
-        EE_GOTO(status, ee_scratch_floats(ctx, &dropped, rows * width), done);
+        EE_GOTO(status, ee_queue_buffer(ctx, queue, &dropped, rows * width), done);
         struct ee_dropout dropout = ee_dropout_at(batch, c->residual_dropout, site, EE_DROP_MLP);
         struct ee_tensor t = ee_matrix(dropped, rows, width);
         EE_GOTO(status, ee_dropout(ctx, &t, &d, NULL, &dropout), done);
@@ -119,15 +120,14 @@ enum ee_status ee_mlp_gradient(const struct ee_model *model, const struct ee_mlp
     EE_GOTO(status, ee_activation_backward(ctx, &u, &a, &a, &u, c->activation, c->gated), done);
     struct ee_tensor ddown = ee_param_tensor(params, index->down, gradient);
     EE_GOTO(status,
-            ee_linear_backward_weight(
-                ctx, &ddown, ee_optional(params, index->down_bias, gradient, &storage), &d, &a),
+            ee_queue_product(ctx, queue, &ddown,
+                             ee_optional(params, index->down_bias, gradient, &storage), &d, &a),
             done);
     struct ee_tensor in = ee_matrix(h, rows, width), din = ee_matrix(dh, rows, width);
     struct ee_tensor dup = ee_param_joined(params, first_up(index), index->up, gradient);
-    EE_GOTO(
-        status,
-        ee_linear_backward_weight(ctx, &dup, up_bias(params, index, gradient, &storage), &u, &in),
-        done);
+    EE_GOTO(status,
+            ee_queue_product(ctx, queue, &dup, up_bias(params, index, gradient, &storage), &u, &in),
+            done);
     struct ee_weight w = ee_joined_weight(params, first_up(index), index->up, model->weights);
     EE_GOTO(status, ee_linear_backward_input(ctx, &din, &u, &w, accumulate), done);
 done:

@@ -38,8 +38,21 @@ static enum ee_status copy_config(struct ee_model *model, const struct ee_config
     return fill_rope(model);
 }
 
+static enum ee_status create_layout(struct ee_model *model, const struct ee_part *part) {
+    bool whole = part->ranks == 0;
+    int32_t ranks = whole ? 1 : part->ranks, chunks = whole ? 1 : part->chunks;
+    EE_TRY(ee_layout_create(&model->layout, &model->config, ranks, chunks, part->bounds,
+                            part->earlier_edge));
+    if (part->rank < 0 || part->rank >= ranks)
+        EE_FAIL(EE_ERR_INVALID, "the ranks of the pipeline are 0 to %d, got %d", ranks - 1,
+                part->rank);
+    model->rank = part->rank;
+    model->exact_ties = part->exact_ties;
+    return EE_OK;
+}
+
 enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *config,
-                               enum ee_isa isa, int threads, bool with_weights) {
+                               const struct ee_model_options *options) {
     *out = NULL;
     EE_TRY(ee_config_check(config));
     void *memory;
@@ -47,13 +60,17 @@ enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *co
     struct ee_model *model = memory;
     enum ee_status status;
     EE_GOTO(status, copy_config(model, config), fail);
-    EE_GOTO(status, ee_params_create(&model->params, &model->config), fail);
-    if (with_weights) {
+    EE_GOTO(status, create_layout(model, &options->part), fail);
+    EE_GOTO(status,
+            ee_params_create(&model->params, &model->config, model->layout, model->rank,
+                             model->exact_ties),
+            fail);
+    if (!options->without_weights) {
         size_t bytes = (size_t)model->params->elements * sizeof(float);
         EE_GOTO(status, ee_alloc(&memory, bytes, "the parameters"), fail);
         model->weights = memory;
     }
-    EE_GOTO(status, ee_ctx_create(&model->ctx, isa, threads), fail);
+    EE_GOTO(status, ee_ctx_create(&model->ctx, options->isa, options->threads), fail);
     *out = model;
     return EE_OK;
 fail:
@@ -67,6 +84,7 @@ void ee_model_destroy(struct ee_model *model) {
     ee_ctx_destroy(model->ctx);
     ee_free(model->weights);
     ee_params_destroy(model->params);
+    ee_layout_destroy(model->layout);
     ee_free(model->rope_cos);
     ee_free(model->rope_sin);
     union {

@@ -9,7 +9,10 @@
 EE_EXTERN_C_BEGIN
 
 struct ee_model {
-    struct ee_config config; /* rope_freq points to memory that the model owns */
+    struct ee_config config;        /* rope_freq points to memory that the model owns */
+    struct ee_model_layout *layout; /* of the pipeline that the model is spread over */
+    int32_t rank;                   /* in it: which part is here */
+    bool exact_ties;
     struct ee_params *params;
     struct ee_ctx *ctx;
     float *weights; /* the parameter arena, zero until it is filled; NULL without weights */
@@ -17,11 +20,18 @@ struct ee_model {
     float *rope_cos, *rope_sin;
 };
 
-/* Checks and copies `config` and allocates everything; threads 0: all that the process may use.
- * Without weights there are the table and the threads but no parameter arena, for decoding with
- * weights that are read straight into their packed form. */
+struct ee_model_options {
+    enum ee_isa isa;
+    int threads; /* 0: all that the process may use */
+    /* Without weights there are the table and the threads but no parameter arena, for decoding with
+     * weights that are read straight into their packed form. */
+    bool without_weights;
+    struct ee_part part; /* whose parameters the model has; bounds stays the caller's */
+};
+
+/* Checks and copies `config` and allocates everything. */
 EE_WARN_UNUSED enum ee_status ee_model_create(struct ee_model **out, const struct ee_config *config,
-                                              enum ee_isa isa, int threads, bool with_weights);
+                                              const struct ee_model_options *options);
 void ee_model_destroy(struct ee_model *model);
 
 /* EE_ERR_INVALID where the model was made without weights. */

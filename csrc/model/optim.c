@@ -7,16 +7,14 @@ static struct ee_tensor flat(const struct ee_param *row, const float *arena) {
 }
 
 enum ee_status ee_optim_sum_squares(const struct ee_model *model, const float *gradient,
-                                    double *sum) {
-    *sum = 0;
+                                    double *sums) {
     for (int32_t i = 0; i < model->params->count; i++) {
         const struct ee_param *row = &model->params->rows[i];
-        if (row->frozen)
+        sums[i] = 0;
+        if (row->frozen || !row->owned)
             continue;
         struct ee_tensor g = flat(row, gradient);
-        double part;
-        EE_TRY(ee_sum_squares(model->ctx, &part, &g));
-        *sum += part;
+        EE_TRY(ee_sum_squares(model->ctx, &sums[i], &g));
     }
     return EE_OK;
 }
@@ -25,7 +23,7 @@ enum ee_status ee_optim_adamw(const struct ee_model *model, float *gradient, flo
                               float *moment2, const struct ee_adamw_params *params) {
     for (int32_t i = 0; i < model->params->count; i++) {
         const struct ee_param *row = &model->params->rows[i];
-        if (row->frozen)
+        if (row->frozen || !row->held)
             continue;
         struct ee_adamw_params p = *params;
         if (!row->decay)

@@ -6,9 +6,10 @@
 
 EE_EXTERN_C_BEGIN
 
-/* Sum of squares of the gradients: float64 sums of each tensor, added in table order. */
+/* sums[count of rows] = sum of squares of each tensor's gradient in float64, 0 for those that this
+ * rank does not own. Added in table order they give the square of the gradient norm. */
 EE_WARN_UNUSED enum ee_status ee_optim_sum_squares(const struct ee_model *model,
-                                                   const float *gradient, double *sum);
+                                                   const float *gradient, double *sums);
 
 /* AdamW on every parameter that is not frozen; weight decay where the table says so. Gradients are
  * zeroed. */

@@ -83,12 +83,15 @@ struct builder {
     int32_t capacity;
     int32_t layer, exit;
     char prefix[48], source_prefix[48];
-    enum ee_status status;
 };
 
-/* Rows of a layer and of a model beside its layers, at most. */
+/* Rows of a layer and of a model beside its layers, and further uses of an exit, at most. */
 #define ROWS_PER_BLOCK 24
 #define ROWS_BESIDE 8
+#define FURTHER_PER_EXIT 3
+
+/* Offsets of rows that have no place yet: whether they follow the row before without a gap. */
+enum { APART = -1, JOINED = -2 };
 
 /* Adds a row and returns its index. cols 0 makes a vector. `joined` rows follow the one before
  * without a gap, so that both are one matrix. */
@@ -113,17 +116,8 @@ static int32_t add(struct builder *b, enum kind kind, int64_t rows, int64_t cols
     row->transposed = gpt2 && names->gpt2_transposed;
     row->layer = b->layer;
     row->exit = b->exit;
-    int64_t lane = EE_ALIGNMENT / (int64_t)sizeof(float);
-    int64_t start = joined ? params->elements : ee_ceil_div(params->elements, lane) * lane;
-    int64_t size;
-    if (__builtin_mul_overflow(rows, row->shape[1], &size) ||
-        __builtin_add_overflow(start, size, &params->elements) ||
-        params->elements > INT64_MAX / 16) {
-        b->status = ee_fail(EE_ERR_INVALID, "%s of %lld x %lld elements cannot be addressed",
-                            row->name, (long long)rows, (long long)row->shape[1]);
-        params->elements = 0;
-    }
-    row->offset = start;
+    /* Until its place is known. */
+    row->offset = joined ? JOINED : APART;
     return params->count++;
 }
 
@@ -263,14 +257,126 @@ static void add_exits(struct builder *b, struct ee_norm_index final_norm, int32_
     params->exits = c->num_exits + 1;
 }
 
-static void mark_tied(struct ee_params *params) {
-    for (int32_t i = 0; i < params->exits; i++) {
-        int32_t uses = params->exit[i].output == params->embedding;
-        for (int32_t j = 0; j < params->exits; j++)
-            uses += params->exit[j].output == params->exit[i].output;
-        if (uses > 1)
-            params->rows[params->exit[i].output].tied = true;
+bool ee_param_has_use(const struct ee_params *params, int32_t row, int32_t use) {
+    if (use == EE_USE_EMBEDDING)
+        return row == params->embedding;
+    const struct ee_exit_index *exit = &params->exit[use - EE_USE_EXIT];
+    return exit->output == row || exit->norm.weight == row || exit->norm.bias == row;
+}
+
+int32_t ee_use_chunk(const struct ee_model_layout *layout, int32_t use) {
+    int32_t chunk = 0;
+    if (use != EE_USE_EMBEDDING)
+        while (!layout->stages[chunk].exit[use - EE_USE_EXIT])
+            chunk++;
+    return chunk;
+}
+
+/* Which chunk uses the row first, and whether a chunk of `rank` uses it. */
+static int32_t find_users(const struct ee_params *params, int32_t row,
+                          const struct ee_model_layout *layout, int32_t rank, bool *held) {
+    const struct ee_param *param = &params->rows[row];
+    int32_t first = -1;
+    *held = false;
+    for (int32_t use = EE_USE_EMBEDDING; use < EE_USE_EXIT + params->exits; use++) {
+        bool own =
+            use == EE_USE_EMBEDDING ? row == params->positions : param->exit == use - EE_USE_EXIT;
+        if (!own && !ee_param_has_use(params, row, use))
+            continue;
+        int32_t chunk = ee_use_chunk(layout, use);
+        first = first < 0 ? chunk : first;
+        *held = *held || ee_layout_rank(layout, chunk) == rank;
     }
+    for (int32_t g = 0; param->exit < 0 && g < layout->ranks * layout->chunks; g++) {
+        const struct ee_stage *stage = &layout->stages[g];
+        if (param->layer <= stage->first_layer || param->layer > stage->last_layer)
+            continue;
+        first = g;
+        *held = ee_layout_rank(layout, g) == rank;
+    }
+    return first;
+}
+
+static void mark_users(struct ee_params *params, const struct ee_model_layout *layout,
+                       int32_t rank) {
+    for (int32_t i = 0; i < params->count; i++) {
+        struct ee_param *row = &params->rows[i];
+        int32_t uses = 0;
+        for (int32_t use = 0; use < EE_USE_EXIT + params->exits; use++)
+            uses += ee_param_has_use(params, i, use);
+        row->tied = uses > 1;
+        int32_t first = find_users(params, i, layout, rank, &row->held);
+        row->owned = row->held && ee_layout_rank(layout, first) == rank;
+    }
+}
+
+/* The next place of an arena that has `*elements` elements so far. */
+static enum ee_status place_row(struct ee_param *row, int64_t *elements, bool joined) {
+    int64_t lane = EE_ALIGNMENT / (int64_t)sizeof(float), size;
+    row->offset = joined ? *elements : ee_ceil_div(*elements, lane) * lane;
+    if (__builtin_mul_overflow(row->shape[0], row->shape[1], &size) ||
+        __builtin_add_overflow(row->offset, size, elements) || *elements > INT64_MAX / 16)
+        EE_FAIL(EE_ERR_INVALID, "%s of %lld x %lld elements cannot be addressed", row->name,
+                (long long)row->shape[0], (long long)row->shape[1]);
+    return EE_OK;
+}
+
+static enum ee_status place_rows(struct ee_params *params) {
+    for (int32_t i = 0; i < params->count; i++) {
+        struct ee_param *row = &params->rows[i];
+        if (row->held)
+            EE_TRY(place_row(row, &params->elements, row->offset == JOINED));
+        else
+            row->offset = APART;
+    }
+    params->gradient_elements = params->elements;
+    return EE_OK;
+}
+
+/* The row that a use of `row` adds its gradient to: the row itself for the first use, and a further
+ * one for each use after it. */
+static enum ee_status add_use(struct ee_params *params, int32_t *row, uint8_t *used, bool exact) {
+    if (*row < 0)
+        return EE_OK;
+    bool further = used[*row] && exact;
+    used[*row] = 1;
+    if (!further)
+        return EE_OK;
+    struct ee_param *copy = &params->rows[params->count + params->further];
+    *copy = params->rows[*row];
+    *row = params->count + params->further++;
+    return place_row(copy, &params->gradient_elements, false);
+}
+
+static enum ee_status place_uses(struct ee_params *params, const struct ee_model_layout *layout,
+                                 int32_t rank, bool exact) {
+    void *used;
+    EE_TRY(ee_alloc(&used, (size_t)params->count, "the parameter table"));
+    uint8_t *flags = used;
+    flags[params->embedding] = rank == 0;
+    enum ee_status status = EE_OK;
+    for (int32_t e = 0; e < params->exits && status == EE_OK; e++) {
+        struct ee_exit_index *exit = &params->exit[e];
+        exit->norm_gradient = exit->norm;
+        exit->output_gradient = exit->output;
+        if (ee_layout_rank(layout, ee_use_chunk(layout, EE_USE_EXIT + e)) != rank)
+            continue;
+        int32_t *const rows[] = {&exit->norm_gradient.weight, &exit->norm_gradient.bias,
+                                 &exit->output_gradient};
+        for (int i = 0; i < 3 && status == EE_OK; i++)
+            status = add_use(params, rows[i], flags, exact);
+    }
+    ee_free(used);
+    return status;
+}
+
+int32_t ee_use_gradient(const struct ee_params *params, int32_t row, int32_t use) {
+    if (use == EE_USE_EMBEDDING)
+        return row;
+    const struct ee_exit_index *exit = &params->exit[use - EE_USE_EXIT];
+    return exit->output == row        ? exit->output_gradient
+           : exit->norm.weight == row ? exit->norm_gradient.weight
+                                      : exit->norm_gradient.bias;
 }
 
 static void build(struct builder *b) {
@@ -295,10 +401,11 @@ static void build(struct builder *b) {
     if (!c->tie_embeddings)
         lm_head = add(b, LM_HEAD, c->vocab_size, c->hidden_size, 0, 1, false);
     add_exits(b, final_norm, lm_head);
-    mark_tied(params);
 }
 
-enum ee_status ee_params_create(struct ee_params **out, const struct ee_config *config) {
+enum ee_status ee_params_create(struct ee_params **out, const struct ee_config *config,
+                                const struct ee_model_layout *layout, int32_t rank,
+                                bool exact_ties) {
     *out = NULL;
     void *memory;
     EE_TRY(ee_alloc(&memory, sizeof(struct ee_params), "the parameter table"));
@@ -306,10 +413,9 @@ enum ee_status ee_params_create(struct ee_params **out, const struct ee_config *
     struct builder b = {.config = config, .params = params};
     b.capacity = (config->num_layers + config->num_exits) * ROWS_PER_BLOCK +
                  config->num_exits * ROWS_BESIDE + ROWS_BESIDE;
+    size_t rows = (size_t)b.capacity + FURTHER_PER_EXIT * (size_t)(config->num_exits + 1);
     enum ee_status status;
-    EE_GOTO(status,
-            ee_alloc(&memory, sizeof(struct ee_param) * (size_t)b.capacity, "the parameter table"),
-            fail);
+    EE_GOTO(status, ee_alloc(&memory, sizeof(struct ee_param) * rows, "the parameter table"), fail);
     params->rows = memory;
     EE_GOTO(status,
             ee_alloc(&memory, sizeof(struct ee_block_index) * (size_t)config->num_layers,
@@ -317,7 +423,9 @@ enum ee_status ee_params_create(struct ee_params **out, const struct ee_config *
             fail);
     params->layers = memory;
     build(&b);
-    EE_GOTO(status, b.status, fail);
+    mark_users(params, layout, rank);
+    EE_GOTO(status, place_rows(params), fail);
+    EE_GOTO(status, place_uses(params, layout, rank, exact_ties), fail);
     *out = params;
     return EE_OK;
 fail:
@@ -342,6 +450,7 @@ int32_t ee_params_find(const struct ee_params *params, const char *name) {
 
 struct ee_tensor ee_param_tensor(const struct ee_params *params, int32_t row, const float *arena) {
     const struct ee_param *param = &params->rows[row];
+    EE_ASSERT(param->held);
     if (param->ndim == 1)
         return ee_vector(arena + param->offset, param->shape[0]);
     return ee_matrix(arena + param->offset, param->shape[0], param->shape[1]);
@@ -371,6 +480,7 @@ enum ee_status ee_params_init_row(struct ee_ctx *ctx, const struct ee_params *pa
 enum ee_status ee_params_init(struct ee_ctx *ctx, const struct ee_params *params, float *arena,
                               float initializer_range, uint64_t seed) {
     for (int32_t i = 0; i < params->count; i++)
-        EE_TRY(ee_params_init_row(ctx, params, i, arena, initializer_range, seed));
+        if (params->rows[i].held)
+            EE_TRY(ee_params_init_row(ctx, params, i, arena, initializer_range, seed));
     return EE_OK;
 }

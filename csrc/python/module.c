@@ -137,6 +137,14 @@ static PyMethodDef methods[] = {
     {"schedule_walk", schedule_walk, METH_VARARGS,
      "schedule_walk($module, spec, costs, lists, trace, /)\n--\n\n"
      "Proves lists, and says what they take."},
+    {"comm_self", comm_self, METH_NOARGS,
+     "comm_self($module, /)\n--\n\nThe communicator of one rank."},
+    {"comm_local", (PyCFunction)(void (*)(void))comm_local, METH_VARARGS | METH_KEYWORDS,
+     "comm_local($module, /, size, timeout=300.0)\n--\n\n"
+     "The communicators of ranks that are threads."},
+    {"comm_adopt", comm_adopt, METH_O,
+     "comm_adopt($module, capsule, /)\n--\n\nTakes over the communicator of a transport."},
+    {"host", comm_host, METH_NOARGS, "host($module, /)\n--\n\nWhat transports get from the core."},
     {"set_log", set_log, METH_O,
      "set_log($module, callback, /)\n--\n\n"
      "callback(level, line) receives the core's log; None restores the default."},
@@ -169,11 +177,13 @@ static int exec_module(PyObject *module) {
     if (!(state->tensor_type = create_tensor_type(module)) ||
         !(state->model_type = create_model_type(module)) ||
         !(state->trainer_type = create_trainer_type(module)) ||
-        !(state->engine_type = create_engine_type(module)))
+        !(state->engine_type = create_engine_type(module)) ||
+        !(state->comm_type = create_comm_type(module)) ||
+        !(state->replay_type = create_replay_type(module)))
         return -1;
     PyTypeObject *types[] = {state->tensor_type, state->model_type, state->trainer_type,
-                             state->engine_type};
-    for (int i = 0; i < 4; i++)
+                             state->engine_type, state->comm_type,  state->replay_type};
+    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
         if (PyModule_AddType(module, types[i]) < 0)
             return -1;
     return 0;
@@ -189,6 +199,8 @@ static int traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->model_type);
     Py_VISIT(state->trainer_type);
     Py_VISIT(state->engine_type);
+    Py_VISIT(state->comm_type);
+    Py_VISIT(state->replay_type);
     return 0;
 }
 
@@ -202,6 +214,8 @@ static int clear(PyObject *module) {
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->trainer_type);
     Py_CLEAR(state->engine_type);
+    Py_CLEAR(state->comm_type);
+    Py_CLEAR(state->replay_type);
     return 0;
 }
 

@@ -8,16 +8,34 @@
 struct engine_object {
     PyObject_HEAD struct ee_engine *engine;
     struct model_object *model;
+    PyObject *comm; /* NULL: none */
     PyObject *event_dtype;
 };
 
 /* In the order of enum ee_engine_kind. */
-static const char *const engine_names[] = {"full", "deferred", "recompute", "speculative", NULL};
+static const char *const engine_names[] = {"full",        "deferred", "recompute",
+                                           "speculative", "pipeline", NULL};
 
 static const char *const dtype_names[] = {"float32", "bfloat16", NULL};
 
 static struct engine_object *self_of(PyObject *object) {
     return (struct engine_object *)object;
+}
+
+/* Claims the model, and the communicator where there is one. */
+static bool begin(struct engine_object *self) {
+    if (!begin_call(self->model))
+        return false;
+    if (!self->comm || begin_comm(self->comm))
+        return true;
+    end_call(self->model);
+    return false;
+}
+
+static void end(struct engine_object *self) {
+    if (self->comm)
+        end_comm(self->comm);
+    end_call(self->model);
 }
 
 /* Index of `name` in a list that NULL ends; raises ValueError naming `what` when it is not there.
@@ -50,17 +68,33 @@ static PyObject *make_event_dtype(int exits) {
     return dtype;
 }
 
+/* Builds the engine of an object that has its model and communicator. */
+static bool build(struct engine_object *self, struct module_state *state,
+                  const struct ee_engine_options *options) {
+    enum ee_status status;
+    if (!begin(self))
+        return false;
+    RUN_WITHOUT_GIL(status, ee_engine_create(&self->engine, self->model->model, options));
+    end(self);
+    if (status == EE_OK)
+        self->event_dtype = make_event_dtype(self->model->model->params->exits);
+    else
+        raise_status(state, status);
+    return self->event_dtype != NULL;
+}
+
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"model", "dtype", "max_sequences", "max_length", "positions",
-                            "empty", NULL};
+                            "empty", "comm",  "stage_seconds", "trace",      NULL};
     struct module_state *state = PyType_GetModuleState(type);
-    PyObject *model;
+    PyObject *model, *comm = Py_None;
     const char *dtype = "float32";
-    int max_sequences = 1;
-    long long max_length = 0, positions = 0;
     int empty = 0;
-    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$siLLp", names, &model, &dtype,
-                                               &max_sequences, &max_length, &positions, &empty))
+    long long max_length = 0, positions = 0, trace = 0;
+    struct ee_engine_options options = {.max_sequences = 1};
+    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$siLLpOdL", names, &model, &dtype,
+                                               &options.max_sequences, &max_length, &positions,
+                                               &empty, &comm, &options.stage_seconds, &trace))
         return NULL;
     if (!PyObject_TypeCheck(model, state->model_type)) {
         PyErr_Format(PyExc_TypeError, "model must be an eellm._core.Model, got %R",
@@ -68,26 +102,19 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         return NULL;
     }
     int index = name_index("dtype of the weights", dtype, dtype_names);
-    if (index < 0)
+    if (index < 0 || (comm != Py_None && !(options.comm = comm_of(state, comm, "comm"))))
         return NULL;
+    options.dtype = index == 0 ? EE_F32 : EE_BF16;
+    options.max_length = max_length;
+    options.positions = positions;
+    options.empty = empty;
+    options.trace = trace;
     struct engine_object *self = self_of(PyType_GenericAlloc(type, 0));
     if (!self)
         return NULL;
     self->model = (struct model_object *)Py_NewRef(model);
-    struct ee_engine_options options = {index == 0 ? EE_F32 : EE_BF16, max_sequences, max_length,
-                                        positions, empty};
-    if (!begin_call(self->model)) {
-        Py_DECREF(self);
-        return NULL;
-    }
-    enum ee_status status;
-    RUN_WITHOUT_GIL(status, ee_engine_create(&self->engine, self->model->model, &options));
-    end_call(self->model);
-    if (status == EE_OK)
-        self->event_dtype = make_event_dtype(self->model->model->params->exits);
-    else
-        raise_status(state, status);
-    if (!self->event_dtype) {
+    self->comm = options.comm ? Py_NewRef(comm) : NULL;
+    if (!build(self, state, &options)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -97,6 +124,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 static int traverse(PyObject *object, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self_of(object)->model);
+    Py_VISIT(self_of(object)->comm);
     Py_VISIT(self_of(object)->event_dtype);
     return 0;
 }
@@ -105,8 +133,12 @@ static void dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     struct engine_object *self = self_of(object);
     PyObject_GC_UnTrack(object);
+    /* It may wait for other ranks, whose threads may need the GIL. */
+    Py_BEGIN_ALLOW_THREADS;
     ee_engine_destroy(self->engine);
+    Py_END_ALLOW_THREADS;
     Py_XDECREF((PyObject *)self->model);
+    Py_XDECREF(self->comm);
     Py_XDECREF(self->event_dtype);
     freefunc free_object = PyType_GetSlot(type, Py_tp_free);
     free_object(object);
@@ -140,13 +172,13 @@ static PyObject *load(PyObject *object, PyObject *args) {
     Py_ssize_t stride[] = {1, 1};
     void *data;
     if (!array_strided_in(values, name, kinds[kind].type, param->ndim, shape, stride, &data) ||
-        !begin_call(self->model))
+        !begin(self))
         return NULL;
     struct ee_tensor source = {
         data, kinds[kind].dtype, param->ndim, {shape[0], shape[1]}, {stride[0], stride[1]}};
     enum ee_status status;
     RUN_WITHOUT_GIL(status, ee_engine_load(self->engine, row, &source));
-    end_call(self->model);
+    end(self);
     if (status != EE_OK)
         return raise_status(self->model->state, status);
     Py_RETURN_NONE;
@@ -239,12 +271,12 @@ static bool read_numbers(PyObject *object, const char *name, const int32_t **num
 }
 
 static PyObject *add_request(struct engine_object *self, const struct ee_request *request) {
-    if (!begin_call(self->model))
+    if (!begin(self))
         return NULL;
     enum ee_status status;
     int32_t sequence = -1;
     RUN_WITHOUT_GIL(status, ee_engine_add(self->engine, &sequence, request));
-    end_call(self->model);
+    end(self);
     if (status != EE_OK)
         return raise_status(self->model->state, status);
     return PyLong_FromLong(sequence);
@@ -340,24 +372,47 @@ static PyObject *make_events(struct engine_object *self, const struct ee_events 
 static PyObject *step(PyObject *object, PyObject *unused) {
     (void)unused;
     struct engine_object *self = self_of(object);
-    if (!begin_call(self->model))
+    if (!begin(self))
         return NULL;
     struct ee_events events;
     enum ee_status status;
     RUN_WITHOUT_GIL(status, ee_engine_step(self->engine, &events));
     PyObject *result = status == EE_OK ? make_events(self, &events) : NULL;
-    end_call(self->model);
+    end(self);
     return status == EE_OK ? result : raise_status(self->model->state, status);
+}
+
+/* Runs a call of the engine that takes no arguments and may wait for other ranks. */
+static PyObject *run_plain(PyObject *object, enum ee_status (*call)(struct ee_engine *)) {
+    struct engine_object *self = self_of(object);
+    if (!begin(self))
+        return NULL;
+    enum ee_status status;
+    RUN_WITHOUT_GIL(status, call(self->engine));
+    end(self);
+    if (status != EE_OK)
+        return raise_status(self->model->state, status);
+    Py_RETURN_NONE;
+}
+
+static PyObject *serve(PyObject *object, PyObject *unused) {
+    (void)unused;
+    return run_plain(object, ee_engine_serve);
+}
+
+static PyObject *stop(PyObject *object, PyObject *unused) {
+    (void)unused;
+    return run_plain(object, ee_engine_stop);
 }
 
 static PyObject *finish(PyObject *object, PyObject *number) {
     struct engine_object *self = self_of(object);
     int32_t id = token_from(number);
-    if (PyErr_Occurred() || !begin_call(self->model))
+    if (PyErr_Occurred() || !begin(self))
         return NULL;
     int64_t rows;
     enum ee_status status = ee_engine_finish(self->engine, id, &rows);
-    end_call(self->model);
+    end(self);
     if (status != EE_OK)
         return raise_status(self->model->state, status);
     return PyLong_FromLongLong(rows);
@@ -366,10 +421,10 @@ static PyObject *finish(PyObject *object, PyObject *number) {
 static PyObject *remove_sequence(PyObject *object, PyObject *number) {
     struct engine_object *self = self_of(object);
     int32_t id = token_from(number);
-    if (PyErr_Occurred() || !begin_call(self->model))
+    if (PyErr_Occurred() || !begin(self))
         return NULL;
     enum ee_status status = ee_engine_remove(self->engine, id);
-    end_call(self->model);
+    end(self);
     if (status != EE_OK)
         return raise_status(self->model->state, status);
     Py_RETURN_NONE;
@@ -397,36 +452,70 @@ static PyObject *read_cache(struct engine_object *self, int sequence, int layer)
 static PyObject *cache(PyObject *object, PyObject *args) {
     struct engine_object *self = self_of(object);
     int sequence, layer;
-    if (!PyArg_ParseTuple(args, "ii", &sequence, &layer) || !begin_call(self->model))
+    if (!PyArg_ParseTuple(args, "ii", &sequence, &layer) || !begin(self))
         return NULL;
     PyObject *result = read_cache(self, sequence, layer);
-    end_call(self->model);
+    end(self);
     return result;
 }
 
 static PyObject *get_active(PyObject *object, void *unused) {
     (void)unused;
     struct engine_object *self = self_of(object);
-    if (!begin_call(self->model))
+    if (!begin(self))
         return NULL;
     int32_t active = ee_engine_active(self->engine);
-    end_call(self->model);
+    end(self);
     return PyLong_FromLong(active);
 }
 
 static PyObject *get_stats(PyObject *object, void *unused) {
     (void)unused;
     struct engine_object *self = self_of(object);
-    if (!begin_call(self->model))
+    if (!begin(self))
         return NULL;
     struct ee_engine_stats stats = ee_engine_stats(self->engine);
-    end_call(self->model);
+    end(self);
     return Py_BuildValue("{sLsLsLsLsLsLsLsL}", "steps", (long long)stats.steps, "half_layers",
                          (long long)stats.half_layers, "head_rows", (long long)stats.head_rows,
                          "bytes_read", (long long)stats.bytes_read, "drafts",
                          (long long)stats.drafts, "accepted", (long long)stats.accepted,
                          "weight_bytes", (long long)stats.weight_bytes, "cache_bytes",
                          (long long)stats.cache_bytes);
+}
+
+/* Copies: [n, 3] of seconds, and [n, 6] of the other fields in their order. */
+static PyObject *trace_arrays(const struct ee_pass_trace *entries, int64_t count) {
+    Py_ssize_t times_shape[] = {(Py_ssize_t)count, 3}, rest_shape[] = {(Py_ssize_t)count, 6};
+    void *times_data = NULL, *rest_data = NULL;
+    PyObject *times = array_new(ARRAY_F64, 2, times_shape, &times_data);
+    PyObject *rest = array_new(ARRAY_I32, 2, rest_shape, &rest_data);
+    double *seconds = times_data;
+    int32_t *numbers = rest_data;
+    for (int64_t i = 0; times && rest && i < count; i++) {
+        const struct ee_pass_trace *e = &entries[i];
+        const double all[] = {e->start, e->end, e->told};
+        const int32_t fields[] = {e->sequence,    e->first_row,  e->last_row,
+                                  e->first_layer, e->last_layer, e->exit};
+        memcpy(seconds + 3 * i, all, sizeof all);
+        memcpy(numbers + 6 * i, fields, sizeof fields);
+    }
+    PyObject *pair = times && rest ? PyTuple_Pack(2, times, rest) : NULL;
+    Py_XDECREF(times);
+    Py_XDECREF(rest);
+    return pair;
+}
+
+static PyObject *get_trace(PyObject *object, void *unused) {
+    (void)unused;
+    struct engine_object *self = self_of(object);
+    if (!begin(self))
+        return NULL;
+    int64_t count;
+    const struct ee_pass_trace *entries = ee_engine_trace(self->engine, &count);
+    PyObject *result = trace_arrays(entries, count);
+    end(self);
+    return result;
 }
 
 static PyObject *get_dtype(PyObject *object, void *unused) {
@@ -453,6 +542,10 @@ static PyMethodDef methods[] = {
      "finish($self, sequence, /)\n--\n\nEnds a sequence after its deferred rows have run."},
     {"remove", remove_sequence, METH_O,
      "remove($self, sequence, /)\n--\n\nEnds a sequence and frees its place in the cache."},
+    {"serve", serve, METH_NOARGS,
+     "serve($self, /)\n--\n\nWorks for rank 0 of a pipeline until that stops."},
+    {"stop", stop, METH_NOARGS,
+     "stop($self, /)\n--\n\nEnds all sequences, and lets the other ranks of a pipeline return."},
     {"_cache", cache, METH_VARARGS,
      "_cache($self, sequence, layer, /)\n--\n\nCopies of keys and values [fill, K, D] of a layer."},
     {NULL, NULL, 0, NULL},
@@ -461,6 +554,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef getset[] = {
     {"active", get_active, NULL, "Sequences in flight.", NULL},
     {"dtype", get_dtype, NULL, "Of the packed weights.", NULL},
+    {"trace", get_trace, NULL, "What this rank of a pipeline did, and when.", NULL},
     {"stats", get_stats, NULL, "Work done so far, and memory.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -472,7 +566,7 @@ static PyType_Slot slots[] = {
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
     {Py_tp_doc, "Engine(model, *, dtype='float32', max_sequences=1, max_length=0, positions=0,\n"
-                "empty=False)\n--\n\n"
+                "empty=False, comm=None, stage_seconds=0.0, trace=0)\n--\n\n"
                 "Decoding: packed weights, the key-value cache, and the sequences in flight."},
     {0, NULL},
 };

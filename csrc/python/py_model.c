@@ -35,13 +35,12 @@ void end_call(struct model_object *model) {
 /* The model is built aside and takes its place under the GIL, so that no other thread sees half of
  * it, nor builds a second one. */
 static int create(struct model_object *self, const struct ee_config *config, const char *isa_name,
-                  int threads, bool with_weights) {
-    enum ee_isa isa;
+                  struct ee_model_options *options) {
     struct ee_model *model = NULL;
-    enum ee_status status = ee_isa_from_name(&isa, isa_name);
+    enum ee_status status = ee_isa_from_name(&options->isa, isa_name);
     self->busy = true;
     if (status == EE_OK)
-        RUN_WITHOUT_GIL(status, ee_model_create(&model, config, isa, threads, with_weights));
+        RUN_WITHOUT_GIL(status, ee_model_create(&model, config, options));
     self->busy = false;
     self->model = model;
     if (status == EE_OK)
@@ -50,15 +49,48 @@ static int create(struct model_object *self, const struct ee_config *config, con
     return -1;
 }
 
+/* (ranks, chunks, rank, bounds int32 [ranks chunks + 1] or None, earlier_edge, exact_ties), or None
+ * for the whole model. */
+static bool read_part(PyObject *tuple, struct ee_part *part) {
+    PyObject *bounds;
+    int earlier, exact;
+    if (!tuple || tuple == Py_None)
+        return true;
+    if (!PyTuple_Check(tuple)) {
+        raise_type("part", "a tuple or None", tuple);
+        return false;
+    }
+    if (!PyArg_ParseTuple(tuple, "iiiOpp:part", &part->ranks, &part->chunks, &part->rank, &bounds,
+                          &earlier, &exact))
+        return false;
+    if (part->ranks < 1 || part->chunks < 1 || part->ranks > EE_MAX_RANKS || part->chunks > 1024) {
+        PyErr_Format(PyExc_ValueError,
+                     "a model is spread over 1 to %d ranks with 1 to 1024 chunks, got %d and %d",
+                     EE_MAX_RANKS, part->ranks, part->chunks);
+        return false;
+    }
+    part->earlier_edge = earlier;
+    part->exact_ties = exact;
+    Py_ssize_t count = (Py_ssize_t)part->ranks * part->chunks + 1;
+    void *data = NULL;
+    if (bounds != Py_None && !array_in(bounds, "bounds", ARRAY_I32, 1, &count, &data))
+        return false;
+    part->bounds = data;
+    return true;
+}
+
 static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct model_object *self = (struct model_object *)object;
-    static char *names[] = {"config", "threads", "isa", "weights", NULL};
-    PyObject *mapping;
-    int threads = 0, with_weights = 1;
+    static char *names[] = {"config", "threads", "isa", "weights", "part", NULL};
+    PyObject *mapping, *part = NULL;
+    struct ee_model_options options = {0};
+    int with_weights = 1;
     const char *isa_name = "";
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|isp:Model", names, &mapping, &threads,
-                                     &isa_name, &with_weights))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|ispO:Model", names, &mapping,
+                                     &options.threads, &isa_name, &with_weights, &part) ||
+        !read_part(part, &options.part))
         return -1;
+    options.without_weights = !with_weights;
     struct ee_config *config = PyMem_Malloc(sizeof *config);
     float *freq = PyMem_Malloc(MAX_ROPE_FREQ * sizeof *freq);
     int result = -1;
@@ -68,7 +100,7 @@ static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     else if (config_in(mapping, config, freq) && (self->model || self->busy))
         PyErr_SetString(self->state->error, "the model is initialised already");
     else if (!PyErr_Occurred())
-        result = create(self, config, isa_name, threads, with_weights);
+        result = create(self, config, isa_name, &options);
     PyMem_Free(config);
     PyMem_Free(freq);
     return result;
@@ -89,8 +121,9 @@ static PyObject *table_row(const struct ee_param *row) {
     if (!shape)
         return NULL;
     return Py_BuildValue(
-        "{s:s,s:N,s:L,s:O,s:O,s:O,s:i,s:i,s:s,s:L,s:L,s:O}", "name", row->name, "shape", shape,
-        "offset", (long long)row->offset, "decay", row->decay ? Py_True : Py_False, "frozen",
+        "{s:s,s:N,s:L,s:O,s:O,s:O,s:O,s:O,s:i,s:i,s:s,s:L,s:L,s:O}", "name", row->name, "shape",
+        shape, "offset", (long long)row->offset, "held", row->held ? Py_True : Py_False, "owned",
+        row->owned ? Py_True : Py_False, "decay", row->decay ? Py_True : Py_False, "frozen",
         row->frozen ? Py_True : Py_False, "tied", row->tied ? Py_True : Py_False, "layer",
         row->layer, "exit", row->exit, "source", row->source, "source_row",
         (long long)row->source_row, "source_rows", (long long)row->source_rows, "transposed",
@@ -140,14 +173,24 @@ static bool has_weights(struct model_object *self) {
     return status == EE_OK;
 }
 
+int32_t find_parameter(const struct ee_params *params, const char *name) {
+    int32_t row = ee_params_find(params, name);
+    if (row >= 0 && params->rows[row].held)
+        return row;
+    const char *why = row < 0 ? "the model has no parameter '%s'"
+                              : "'%s' is a parameter of another rank's part of the model";
+    PyErr_Format(PyExc_KeyError, why, name);
+    return -1;
+}
+
 static PyObject *parameter(PyObject *object, PyObject *args) {
     struct model_object *self = (struct model_object *)object;
     const char *name;
     if (!PyArg_ParseTuple(args, "s:parameter", &name) || !initialised(self) || !has_weights(self))
         return NULL;
-    int32_t row = ee_params_find(self->model->params, name);
+    int32_t row = find_parameter(self->model->params, name);
     if (row < 0)
-        return PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
+        return NULL;
     struct ee_tensor tensor = ee_param_tensor(self->model->params, row, self->model->weights);
     return tensor_view(self->state, object, &tensor);
 }
@@ -178,11 +221,9 @@ static PyObject *initialize_parameter(PyObject *object, PyObject *args) {
         !initialised(self) || !has_weights(self) || !begin_call(self))
         return NULL;
     struct ee_model *model = self->model;
-    int32_t row = ee_params_find(model->params, name);
+    int32_t row = find_parameter(model->params, name);
     enum ee_status status = EE_OK;
-    if (row < 0)
-        PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
-    else
+    if (row >= 0)
         RUN_WITHOUT_GIL(status, ee_params_init_row(model->ctx, model->params, row, model->weights,
                                                    range, seed));
     end_call(self);
@@ -200,8 +241,14 @@ static enum ee_status run_forward(const struct ee_model *model, const int32_t *t
         EE_FAIL(EE_ERR_INVALID,
                 "a sequence of %lld tokens does not fit in max_position_embeddings (%d)",
                 (long long)time, model->config.max_positions);
+    if (model->layout->ranks > 1)
+        EE_FAIL(EE_ERR_UNSUPPORTED,
+                "this is part %d of a model spread over %d ranks, which has no logits of its own; "
+                "use the trainer's evaluate, or load the model as a whole",
+                model->rank, model->layout->ranks);
     struct ee_chunk *chunk;
-    EE_TRY(ee_chunk_create(&chunk, model, time, 1, EE_RECOMPUTE_FULL));
+    struct ee_chunk_options options = {.rows = time, .slots = 1, .recompute = EE_RECOMPUTE_FULL};
+    EE_TRY(ee_chunk_create(&chunk, model, &model->layout->stages[0], &options));
     void *memory;
     enum ee_status status = ee_alloc(&memory, (size_t)time * sizeof(int32_t), "positions");
     int32_t *position = memory;
@@ -274,8 +321,9 @@ static PyType_Slot slots[] = {
     {Py_tp_new, new_model},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc, "Model(config, threads=0, isa='', weights=True)\n--\n\nA model's config, "
-                "parameters and threads."},
+    {Py_tp_doc,
+     "Model(config, threads=0, isa='', weights=True, part=None)\n--\n\nA model's config, "
+     "parameters and threads."},
     {0, NULL},
 };
 

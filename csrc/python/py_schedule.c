@@ -16,7 +16,7 @@ static bool optional_array(PyObject *object, const char *name, enum array_type t
 }
 
 /* (name, ranks, chunks, microbatches, fill1, fill2_depths, exit_ranks) */
-static bool read_spec(PyObject *tuple, struct ee_schedule_spec *spec, enum ee_status *status) {
+bool schedule_in(PyObject *tuple, struct ee_schedule_spec *spec, enum ee_status *status) {
     const char *name;
     PyObject *depths, *exits;
     *status = EE_OK;
@@ -57,7 +57,7 @@ PyObject *schedule_actions(PyObject *module, PyObject *args) {
     enum ee_status status;
     if (!PyArg_ParseTuple(args, "Oi", &tuple, &rank))
         return NULL;
-    if (!read_spec(tuple, &spec, &status))
+    if (!schedule_in(tuple, &spec, &status))
         return status == EE_OK ? NULL : raise_status(module_state(module), status);
     if (rank < 0 || rank >= spec.ranks) {
         PyErr_Format(PyExc_ValueError, "rank must lie between 0 and %d, got %d", spec.ranks - 1,
@@ -99,22 +99,6 @@ PyObject *schedule_fill(PyObject *module, PyObject *args) {
 
 /* -- The walk -- */
 
-/* Lists that came from Python. */
-struct given_lists {
-    struct {
-        const struct ee_step_action *actions;
-        int64_t count, next;
-    } *rank;
-};
-
-static bool next_given(void *arg, int32_t rank, struct ee_step_action *action) {
-    struct given_lists *lists = arg;
-    if (lists->rank[rank].next == lists->rank[rank].count)
-        return false;
-    *action = lists->rank[rank].actions[lists->rank[rank].next++];
-    return true;
-}
-
 /* Where the times of the actions go: [sum of counts, 2], a rank's from 2 * at[rank] on. */
 struct times {
     double *values;
@@ -130,19 +114,19 @@ static void record_times(void *arg, int32_t rank, const struct ee_step_action *a
     pair[1] = end;
 }
 
-static const char *const cost_names[] = {"forward",         "backward",   "backward_input",
-                                         "backward_weight", "kept_bytes", "transient_bytes",
-                                         "static_bytes"};
+#define COSTS 8
+static const char *const cost_names[COSTS] = {"forward",         "backward",    "backward_input",
+                                              "backward_weight", "kept_bytes",  "queued_bytes",
+                                              "transient_bytes", "static_bytes"};
 
 /* A mapping of float64 arrays [P v], static_bytes [P], and the number `message`. */
 static bool read_costs(PyObject *mapping, const struct ee_schedule_spec *spec,
                        struct ee_walk_costs *costs) {
-    const double **const out[] = {&costs->forward,        &costs->backward,
-                                  &costs->backward_input, &costs->backward_weight,
-                                  &costs->kept_bytes,     &costs->transient_bytes,
-                                  &costs->static_bytes};
-    for (int i = 0; i < 7; i++) {
-        Py_ssize_t size = (Py_ssize_t)spec->ranks * (i == 6 ? 1 : spec->chunks);
+    const double **const out[] = {
+        &costs->forward,    &costs->backward,     &costs->backward_input,  &costs->backward_weight,
+        &costs->kept_bytes, &costs->queued_bytes, &costs->transient_bytes, &costs->static_bytes};
+    for (int i = 0; i < COSTS; i++) {
+        Py_ssize_t size = (Py_ssize_t)spec->ranks * (i == COSTS - 1 ? 1 : spec->chunks);
         PyObject *array = PyMapping_GetItemString(mapping, cost_names[i]);
         void *data;
         bool good = array && array_in(array, cost_names[i], ARRAY_F64, 1, &size, &data);
@@ -157,8 +141,8 @@ static bool read_costs(PyObject *mapping, const struct ee_schedule_spec *spec,
     return !PyErr_Occurred();
 }
 
-static bool read_lists(PyObject *sequence, const struct ee_schedule_spec *spec,
-                       struct given_lists *lists) {
+bool lists_in(PyObject *sequence, const struct ee_schedule_spec *spec,
+              struct ee_given_list *given) {
     if (PySequence_Size(sequence) != spec->ranks) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError, "lists must be one for each of %d ranks, got %zd",
@@ -173,8 +157,7 @@ static bool read_lists(PyObject *sequence, const struct ee_schedule_spec *spec,
         Py_XDECREF(array); /* the sequence keeps it alive */
         if (!good)
             return false;
-        lists->rank[r].actions = data;
-        lists->rank[r].count = count;
+        given[r] = (struct ee_given_list){data, count, 0};
     }
     return true;
 }
@@ -215,7 +198,7 @@ static PyObject *results(const struct ee_rank_result *result, int32_t ranks, PyO
 struct walk_call {
     struct ee_schedule_spec spec;
     struct ee_schedule_iterator *iterators;
-    struct given_lists given;
+    struct ee_given_list *given;
     struct ee_rank_result *result;
     struct ee_lists lists;
     struct times times;
@@ -224,10 +207,10 @@ struct walk_call {
 static bool allocate_call(struct walk_call *call) {
     size_t ranks = (size_t)call->spec.ranks;
     call->iterators = PyMem_Calloc(ranks, sizeof *call->iterators);
-    call->given.rank = PyMem_Calloc(ranks, sizeof *call->given.rank);
+    call->given = PyMem_Calloc(ranks, sizeof *call->given);
     call->result = PyMem_Calloc(ranks, sizeof *call->result);
     call->times.at = PyMem_Calloc(ranks, sizeof *call->times.at);
-    if (call->iterators && call->given.rank && call->result && call->times.at)
+    if (call->iterators && call->given && call->result && call->times.at)
         return true;
     PyErr_NoMemory();
     return false;
@@ -235,7 +218,7 @@ static bool allocate_call(struct walk_call *call) {
 
 static void free_call(struct walk_call *call) {
     PyMem_Free(call->iterators);
-    PyMem_Free(call->given.rank);
+    PyMem_Free(call->given);
     PyMem_Free(call->result);
     PyMem_Free(call->times.at);
 }
@@ -245,7 +228,7 @@ static PyObject *make_times(struct walk_call *call, bool given) {
     int64_t total = 0;
     for (int32_t r = 0; r < call->spec.ranks; r++) {
         call->times.at[r] = total;
-        total += given ? call->given.rank[r].count : count_actions(&call->spec, r);
+        total += given ? call->given[r].count : count_actions(&call->spec, r);
     }
     const Py_ssize_t shape[] = {(Py_ssize_t)total, 2};
     void *data;
@@ -259,13 +242,10 @@ static PyObject *run_walk(struct module_state *state, struct walk_call *call, Py
     struct ee_walk_costs costs;
     bool priced = mapping != Py_None, given = lists != Py_None;
     if ((priced && !read_costs(mapping, &call->spec, &costs)) ||
-        (given && !read_lists(lists, &call->spec, &call->given)))
+        (given && !lists_in(lists, &call->spec, call->given)))
         return NULL;
-    call->lists = ee_lists_of_spec(&call->spec, call->iterators);
-    if (given) {
-        call->lists.next = next_given;
-        call->lists.arg = &call->given;
-    }
+    call->lists = given ? ee_lists_of_given(&call->spec, call->given)
+                        : ee_lists_of_spec(&call->spec, call->iterators);
     PyObject *times = trace ? make_times(call, given) : Py_NewRef(Py_None);
     if (!times)
         return NULL;
@@ -284,7 +264,7 @@ PyObject *schedule_walk(PyObject *module, PyObject *args) {
     enum ee_status status;
     if (!PyArg_ParseTuple(args, "OOOp", &tuple, &costs, &lists, &trace))
         return NULL;
-    if (!read_spec(tuple, &call.spec, &status))
+    if (!schedule_in(tuple, &call.spec, &status))
         return status == EE_OK ? NULL : raise_status(module_state(module), status);
     PyObject *result = NULL;
     if (allocate_call(&call))

@@ -9,8 +9,27 @@
 struct trainer_object {
     PyObject_HEAD struct model_object *model;
     struct ee_trainer *trainer;
+    PyObject *comm; /* a Comm, or NULL for one rank alone */
+    struct ee_trace *trace;
     struct module_state *state;
 };
+
+/* Claims the model and the communicator for a call. */
+static bool begin_step(struct trainer_object *self) {
+    if (!begin_call(self->model))
+        return false;
+    if (self->comm && !begin_comm(self->comm)) {
+        end_call(self->model);
+        return false;
+    }
+    return true;
+}
+
+static void end_step(struct trainer_object *self) {
+    if (self->comm)
+        end_comm(self->comm);
+    end_call(self->model);
+}
 
 static bool read_recompute(const char *name, enum ee_recompute *recompute) {
     static const char *const names[] = {"none", "attention", "full"};
@@ -46,16 +65,63 @@ static bool read_config(struct ee_trainer_config *config, const char *recompute,
     return empty || floats_in(temperature, "exit_temperature", exits, config->temperature);
 }
 
+/* A name, for as many ranks and chunks as the model is spread over; or a whole spec. */
+static bool read_schedule(struct module_state *state, PyObject *schedule, int microbatches,
+                          const struct ee_model *model, struct ee_schedule_spec *spec) {
+    enum ee_status status;
+    if (PyUnicode_Check(schedule)) {
+        const char *name = PyUnicode_AsUTF8AndSize(schedule, NULL);
+        if (!name)
+            return false;
+        *spec = (struct ee_schedule_spec){.ranks = model->layout->ranks,
+                                          .chunks = model->layout->chunks,
+                                          .microbatches = microbatches};
+        status = ee_schedule_from_name(&spec->kind, name);
+        if (status != EE_OK)
+            raise_status(state, status);
+        return status == EE_OK;
+    }
+    if (schedule_in(schedule, spec, &status))
+        return true;
+    if (status != EE_OK)
+        raise_status(state, status);
+    return false;
+}
+
+/* (kind, run, action, seconds), or None. */
+static bool read_fault(PyObject *tuple, struct ee_fault *fault) {
+    static const char *const names[] = {"none", "kill", "delay", "corrupt"};
+    const char *name;
+    long long run, action;
+    if (!tuple || tuple == Py_None)
+        return true;
+    if (!PyTuple_Check(tuple)) {
+        raise_type("fault", "a tuple or None", tuple);
+        return false;
+    }
+    if (!PyArg_ParseTuple(tuple, "sLLd:fault", &name, &run, &action, &fault->seconds))
+        return false;
+    fault->run = run;
+    fault->action = action;
+    for (int i = 0; i < 4; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            fault->kind = (enum ee_fault_kind)i;
+            return true;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "a fault is none, kill, delay or corrupt, got '%s'", name);
+    return false;
+}
+
 /* The trainer is built aside and takes its place under the GIL, so that no other thread sees half
  * of it. */
-static int create(struct trainer_object *self, struct model_object *model,
-                  struct ee_trainer_config *config, const char *schedule) {
+static int create(struct trainer_object *self, struct model_object *model, PyObject *comm,
+                  const struct ee_trainer_config *config) {
     if (!begin_call(model))
         return -1;
     struct ee_trainer *trainer = NULL;
-    enum ee_status status = ee_schedule_from_name(&config->schedule, schedule);
-    if (status == EE_OK)
-        RUN_WITHOUT_GIL(status, ee_trainer_create(&trainer, model->model, config));
+    enum ee_status status;
+    RUN_WITHOUT_GIL(status, ee_trainer_create(&trainer, model->model, config));
     end_call(model);
     if (status != EE_OK) {
         raise_status(self->state, status);
@@ -68,24 +134,43 @@ static int create(struct trainer_object *self, struct model_object *model,
     }
     self->trainer = trainer;
     self->model = (struct model_object *)Py_NewRef((PyObject *)model);
+    self->comm = comm ? Py_NewRef(comm) : NULL;
     return 0;
+}
+
+/* With the lists that Python gives, or those that the schedule gives. */
+static int create_with_lists(struct trainer_object *self, struct model_object *model,
+                             PyObject *comm, PyObject *lists, struct ee_trainer_config *config) {
+    if (!lists || lists == Py_None)
+        return create(self, model, comm, config);
+    config->lists = PyMem_Calloc((size_t)config->schedule.ranks, sizeof *config->lists);
+    int result = -1;
+    if (!config->lists)
+        PyErr_NoMemory();
+    else if (lists_in(lists, &config->schedule, config->lists))
+        result = create(self, model, comm, config);
+    PyMem_Free(config->lists);
+    return result;
 }
 
 static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct trainer_object *self = (struct trainer_object *)object;
-    static char *names[] = {"model",           "rows",     "microbatches",
-                            "recompute",       "schedule", "exit_temperature",
-                            "dynamic_weights", NULL};
-    struct ee_trainer_config config = {.microbatches = INT32_MIN};
-    PyObject *model, *temperature = NULL;
+    static char *names[] = {
+        "model",     "rows",        "microbatches",     "schedule",        "lists", "comm",
+        "recompute", "defer_exits", "exit_temperature", "dynamic_weights", "fault", NULL};
+    struct ee_trainer_config config = {0};
+    PyObject *model, *schedule = NULL, *lists = NULL, *comm = NULL, *temperature = NULL;
+    PyObject *fault = NULL;
     long long rows = LLONG_MIN;
-    const char *recompute = "none", *schedule = "1f1b";
-    int dynamic = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$LissOp:Trainer", names,
-                                     self->state->model_type, &model, &rows, &config.microbatches,
-                                     &recompute, &schedule, &temperature, &dynamic))
+    int microbatches = INT32_MIN, defer = 0, dynamic = 0;
+    const char *recompute = "none";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$LiOOOspOpO:Trainer", names,
+                                     self->state->model_type, &model, &rows, &microbatches,
+                                     &schedule, &lists, &comm, &recompute, &defer, &temperature,
+                                     &dynamic, &fault))
         return -1;
-    if (rows == LLONG_MIN || config.microbatches == INT32_MIN) {
+    bool named = !schedule || PyUnicode_Check(schedule);
+    if (rows == LLONG_MIN || (named && microbatches == INT32_MIN)) {
         PyErr_SetString(PyExc_TypeError, "Trainer() needs rows and microbatches");
         return -1;
     }
@@ -98,23 +183,34 @@ static int init(PyObject *object, PyObject *args, PyObject *kwargs) {
         PyErr_SetString(self->state->error, "the trainer is initialised already");
         return -1;
     }
-    config.rows = rows;
-    config.dynamic_weights = dynamic;
     struct model_object *owner = (struct model_object *)model;
     if (!owner->model) {
         PyErr_SetString(self->state->error, "the model is not initialised");
         return -1;
     }
-    if (!read_config(&config, recompute, temperature, owner->model->config.num_exits))
+    config.rows = rows;
+    config.dynamic_weights = dynamic;
+    config.defer_exits = defer;
+    comm = comm == Py_None ? NULL : comm;
+    if (comm && !(config.comm = comm_of(self->state, comm, "comm")))
         return -1;
-    return create(self, owner, &config, schedule);
+    PyObject *name = schedule ? Py_NewRef(schedule) : PyUnicode_FromString("1f1b");
+    int result = -1;
+    if (name && read_schedule(self->state, name, microbatches, owner->model, &config.schedule) &&
+        read_config(&config, recompute, temperature, owner->model->config.num_exits) &&
+        read_fault(fault, &config.fault))
+        result = create_with_lists(self, owner, comm, lists, &config);
+    Py_XDECREF(name);
+    return result;
 }
 
 static void dealloc(PyObject *object) {
     struct trainer_object *self = (struct trainer_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     ee_trainer_destroy(self->trainer);
+    ee_trace_destroy(self->trace);
     Py_XDECREF((PyObject *)self->model);
+    Py_XDECREF(self->comm);
     freefunc release = PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
@@ -194,20 +290,33 @@ static PyObject *step_result(const struct ee_step_result *result, int32_t exits)
         Py_XDECREF(confidence);
         return NULL;
     }
-    return Py_BuildValue("{s:N,s:N,s:L,s:d,s:O,s:O}", "losses", loss, "confidence", confidence,
+    return Py_BuildValue("{s:N,s:N,s:L,s:d,s:O,s:O,s:i}", "losses", loss, "confidence", confidence,
                          "tokens", (long long)result->tokens, "grad_norm", result->grad_norm,
                          "finite", result->finite ? Py_True : Py_False, "updated",
-                         result->updated ? Py_True : Py_False);
+                         result->updated ? Py_True : Py_False, "signal", (int)result->signal);
 }
 
 static PyObject *step(PyObject *object, PyObject *args, PyObject *kwargs) {
     struct trainer_object *self = (struct trainer_object *)object;
-    static char *names[] = {"tokens",       "targets",       "positions",
-                            "row_ids",      "segments",      "segment_counts",
-                            "exit_weights", "learning_rate", "beta1",
-                            "beta2",        "eps",           "weight_decay",
-                            "clip",         "max_loss",      "max_grad_norm",
-                            "dropout_seed", "update",        NULL};
+    static char *names[] = {"tokens",
+                            "targets",
+                            "positions",
+                            "row_ids",
+                            "segments",
+                            "segment_counts",
+                            "exit_weights",
+                            "learning_rate",
+                            "beta1",
+                            "beta2",
+                            "eps",
+                            "weight_decay",
+                            "clip",
+                            "max_loss",
+                            "max_grad_norm",
+                            "dropout_seed",
+                            "update",
+                            "signal",
+                            NULL};
     struct arrays a;
     struct ee_step_settings s = {.adamw = {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8},
                                  .max_loss = Py_HUGE_VAL,
@@ -217,10 +326,10 @@ static PyObject *step(PyObject *object, PyObject *args, PyObject *kwargs) {
     int update = 1;
     s.adamw.learning_rate = NAN; /* not given */
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "OOOOOO|$OddddddddO&p:step", names, &a.tokens, &a.targets, &a.positions,
+            args, kwargs, "OOOOOO|$OddddddddO&pi:step", names, &a.tokens, &a.targets, &a.positions,
             &a.row_ids, &a.segments, &a.counts, &exit_weights, &s.adamw.learning_rate,
             &s.adamw.beta1, &s.adamw.beta2, &s.adamw.eps, &s.adamw.weight_decay, &s.clip,
-            &s.max_loss, &s.max_grad_norm, seed_converter, &seed, &update) ||
+            &s.max_loss, &s.max_grad_norm, seed_converter, &seed, &update, &s.signal) ||
         !initialised(self))
         return NULL;
     if (!exit_weights || isnan(s.adamw.learning_rate)) {
@@ -231,15 +340,15 @@ static PyObject *step(PyObject *object, PyObject *args, PyObject *kwargs) {
     s.dropout_seed = seed;
     s.update = update;
     struct ee_step_input input;
-    Py_ssize_t microbatches = trainer->config.microbatches;
+    Py_ssize_t microbatches = trainer->microbatches;
     if (!read_input(self, &a, &microbatches, &input) ||
         !floats_in(exit_weights, "exit_weights", trainer->model->config.num_exits, s.exit_weight) ||
-        !begin_call(self->model))
+        !begin_step(self))
         return NULL;
     struct ee_step_result result;
     enum ee_status status;
     RUN_WITHOUT_GIL(status, ee_trainer_step(trainer, &input, &s, &result));
-    end_call(self->model);
+    end_step(self);
     if (status != EE_OK)
         return raise_status(self->state, status);
     return step_result(&result, trainer->model->params->exits);
@@ -299,13 +408,13 @@ static PyObject *evaluate(PyObject *object, PyObject *args, PyObject *kwargs) {
     PyObject *correct = array_new(ARRAY_U8, 3, shape, &correct_data);
     PyObject *argmax = array_new(ARRAY_I32, 3, shape, &token_data);
     PyObject *result = NULL;
-    if (confidence && correct && argmax && begin_call(self->model)) {
+    if (confidence && correct && argmax && begin_step(self)) {
         struct ee_evaluation evaluation = {.confidence = confidence_data, .token = token_data};
         double agreement[EE_MAX_EXITS + 1];
         enum ee_status status;
         RUN_WITHOUT_GIL(status,
                         ee_trainer_evaluate(self->trainer, &input, (int32_t)count, &evaluation));
-        end_call(self->model);
+        end_step(self);
         if (status != EE_OK) {
             raise_status(self->state, status);
         } else {
@@ -326,9 +435,9 @@ static PyObject *arena_view(PyObject *object, PyObject *args, float *arena) {
     if (!PyArg_ParseTuple(args, "s", &name))
         return NULL;
     const struct ee_params *params = self->trainer->model->params;
-    int32_t row = ee_params_find(params, name);
+    int32_t row = find_parameter(params, name);
     if (row < 0)
-        return PyErr_Format(PyExc_KeyError, "the model has no parameter '%s'", name);
+        return NULL;
     struct ee_tensor tensor = ee_param_tensor(params, row, arena);
     return tensor_view(self->state, object, &tensor);
 }
@@ -356,6 +465,46 @@ static PyObject *zero_gradients(PyObject *object, PyObject *unused) {
     Py_BEGIN_ALLOW_THREADS ee_trainer_zero_gradients(self->trainer);
     Py_END_ALLOW_THREADS end_call(self->model);
     Py_RETURN_NONE;
+}
+
+static PyObject *record(PyObject *object, PyObject *args) {
+    struct trainer_object *self = (struct trainer_object *)object;
+    long long capacity;
+    if (!PyArg_ParseTuple(args, "L:record", &capacity) || !initialised(self) || !begin_step(self))
+        return NULL;
+    enum ee_status status = EE_OK;
+    ee_trace_destroy(self->trace);
+    self->trace = NULL;
+    if (capacity > 0)
+        status = ee_trace_create(&self->trace, ee_min(capacity, 1 << 24));
+    self->trainer->trace = self->trace;
+    end_step(self);
+    if (status != EE_OK)
+        return raise_status(self->state, status);
+    Py_RETURN_NONE;
+}
+
+static PyObject *recorded(PyObject *object, PyObject *unused) {
+    (void)unused;
+    struct trainer_object *self = (struct trainer_object *)object;
+    if (!initialised(self) || !begin_step(self))
+        return NULL;
+    const Py_ssize_t shape[] = {self->trace ? (Py_ssize_t)self->trace->count : 0, 9};
+    void *data;
+    PyObject *array = array_new(ARRAY_F64, 2, shape, &data);
+    double *row = data;
+    for (Py_ssize_t i = 0; array && i < shape[0]; i++, row += 9) {
+        const struct ee_event *e = &self->trace->events[i];
+        const double values[] = {
+            e->start,        e->end,           (double)e->bytes,      (double)e->kind,
+            (double)e->what, (double)e->chunk, (double)e->microbatch, (double)e->peer,
+            (double)e->tag};
+        memcpy(row, values, sizeof values);
+    }
+    if (array && self->trace)
+        self->trace->count = 0;
+    end_step(self);
+    return array;
 }
 
 static PyObject *get_steps(PyObject *object, void *closure) {
@@ -391,9 +540,10 @@ static PyObject *get_memory(PyObject *object, void *closure) {
         return NULL;
     const struct ee_model *model = self->trainer->model;
     long long arena = (long long)model->params->elements * (long long)sizeof(float);
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L}", "parameters", arena, "gradients", arena,
+    long long gradients = (long long)model->params->gradient_elements * (long long)sizeof(float);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L}", "parameters", arena, "gradients", gradients,
                          "moments", 2 * arena, "activations",
-                         (long long)self->trainer->chunk->arena.capacity, "scratch",
+                         (long long)ee_trainer_activation_bytes(self->trainer), "scratch",
                          (long long)model->ctx->scratch.capacity);
 }
 
@@ -409,7 +559,7 @@ static PyMethodDef methods[] = {
     {"step", (PyCFunction)(void (*)(void))step, METH_VARARGS | METH_KEYWORDS,
      "step($self, /, tokens, targets, positions, row_ids, segments, segment_counts, *,\n"
      "exit_weights, learning_rate, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0, clip=0.0,\n"
-     "max_loss=1e999, max_grad_norm=1e999, dropout_seed=0, update=True)\n--\n\n"
+     "max_loss=1e999, max_grad_norm=1e999, dropout_seed=0, update=True, signal=0)\n--\n\n"
      "One optimizer step over all microbatches."},
     {"evaluate", (PyCFunction)(void (*)(void))evaluate, METH_VARARGS | METH_KEYWORDS,
      "evaluate($self, /, tokens, targets, positions, segments, segment_counts)\n--\n\n"
@@ -422,6 +572,10 @@ static PyMethodDef methods[] = {
      "moment2($self, name, /)\n--\n\nAdamW's second moment of a parameter."},
     {"zero_gradients", zero_gradients, METH_NOARGS,
      "zero_gradients($self, /)\n--\n\nSets all gradients to zero."},
+    {"record", record, METH_VARARGS,
+     "record($self, capacity, /)\n--\n\nRecords up to `capacity` events from now on; 0 ends it."},
+    {"recorded", recorded, METH_NOARGS,
+     "recorded($self, /)\n--\n\nThe events recorded since the last call."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -438,9 +592,11 @@ static PyType_Slot slots[] = {
     {Py_tp_new, new_trainer},
     {Py_tp_methods, methods},
     {Py_tp_getset, getset},
-    {Py_tp_doc, "Trainer(model, *, rows, microbatches, recompute='none', schedule='1f1b', "
-                "exit_temperature=(), dynamic_weights=False)\n--\n\nGradients, moments, activation "
-                "slots and a schedule."},
+    {Py_tp_doc,
+     "Trainer(model, *, rows, microbatches=None, schedule='1f1b', lists=None, comm=None, "
+     "recompute='none', defer_exits=False, exit_temperature=(), dynamic_weights=False, "
+     "fault=None)\n--\n\nGradients, moments, activation "
+     "slots and a schedule."},
     {0, NULL},
 };
 

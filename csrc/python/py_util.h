@@ -12,7 +12,9 @@
 /* Python.h brings it in with the full API alone. */
 #include <string.h>
 
+#include "comm/comm.h"
 #include "model/model.h"
+#include "train/walk.h"
 
 /* What one instance of the module holds. */
 struct module_state {
@@ -20,7 +22,7 @@ struct module_state {
     PyObject *nonfinite_error; /* eellm.NonFiniteError */
     PyObject *comm_error;      /* eellm.CommError */
     PyObject *busy_error;      /* eellm.BusyError */
-    PyTypeObject *tensor_type, *model_type, *trainer_type, *engine_type;
+    PyTypeObject *tensor_type, *model_type, *trainer_type, *engine_type, *comm_type, *replay_type;
 };
 
 static inline struct module_state *module_state(PyObject *module) {
@@ -86,12 +88,28 @@ struct model_object {
 bool begin_call(struct model_object *model);
 void end_call(struct model_object *model);
 
+/* Row of a parameter that the model holds; raises KeyError and returns -1 for any other name. */
+int32_t find_parameter(const struct ee_params *params, const char *name);
+
 /* Runs `call` (an expression that gives a status) on a claimed handle, without the GIL. */
 #define RUN_WITHOUT_GIL(status, call)                                                              \
     do {                                                                                           \
         Py_BEGIN_ALLOW_THREADS(status) = (call);                                                   \
         Py_END_ALLOW_THREADS                                                                       \
     } while (0)
+
+/* Communicators (py_comm.c). A handle that communicates keeps a reference to the Comm object that
+ * it was given, so that the communicator outlives it, and claims the Comm for each of its calls.
+ *
+ * comm_of: the communicator of a Comm; raises TypeError naming `name` and returns NULL for any
+ * other object. comm_wrap: a Comm that owns `comm`, which it destroys where there is no memory for
+ * one. */
+struct ee_comm *comm_of(struct module_state *state, PyObject *object, const char *name);
+PyObject *comm_wrap(struct module_state *state, struct ee_comm *comm);
+
+/* Claims a Comm for a call; raises eellm.BusyError and returns false if another thread has it. */
+bool begin_comm(PyObject *comm);
+void end_comm(PyObject *comm);
 
 /* A view of memory that `owner` keeps alive. */
 PyObject *tensor_view(struct module_state *state, PyObject *owner, const struct ee_tensor *tensor);
@@ -101,6 +119,8 @@ PyTypeObject *create_tensor_type(PyObject *module);
 PyTypeObject *create_model_type(PyObject *module);
 PyTypeObject *create_trainer_type(PyObject *module);
 PyTypeObject *create_engine_type(PyObject *module);
+PyTypeObject *create_comm_type(PyObject *module);
+PyTypeObject *create_replay_type(PyObject *module);
 
 /* A type from its spec; frees nothing on failure. */
 PyTypeObject *create_type(PyObject *module, PyType_Spec *spec);
@@ -108,10 +128,28 @@ PyTypeObject *create_type(PyObject *module, PyType_Spec *spec);
 /* Addresses of the core's functions by name, for tests (symbols.c). */
 PyObject *symbols(PyObject *module, PyObject *unused);
 
+/* A schedule of Python (eellm.pipeline.Schedule.spec), checked; its pointers are to arrays that the
+ * tuple keeps alive. Raises and returns false, or returns false with a status other than EE_OK,
+ * which is to be raised. */
+bool schedule_in(PyObject *tuple, struct ee_schedule_spec *spec, enum ee_status *status);
+
+/* The lists of all ranks, a sequence of uint64 arrays that stays alive; given[ranks]. */
+bool lists_in(PyObject *sequence, const struct ee_schedule_spec *spec, struct ee_given_list *given);
+
 /* Lists of schedules, and their price (py_schedule.c). */
 PyObject *schedule_actions(PyObject *module, PyObject *args);
 PyObject *schedule_fill(PyObject *module, PyObject *args);
 PyObject *schedule_walk(PyObject *module, PyObject *args);
+
+/* Where communicators come from, and what the core gives to their transports (py_comm.c). */
+PyObject *comm_self(PyObject *module, PyObject *unused);
+PyObject *comm_local(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *comm_adopt(PyObject *module, PyObject *capsule);
+PyObject *comm_host(PyObject *module, PyObject *unused);
+
+/* The events of a trace as an array [n, 9], which are then forgotten (py_replay.c). */
+struct ee_trace;
+PyObject *trace_array(struct ee_trace *trace);
 
 /* Measurements and build information (measure.c). */
 PyObject *build_info(PyObject *module, PyObject *unused);

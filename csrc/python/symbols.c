@@ -4,6 +4,7 @@
 
 #include "base/alloc.h"
 #include "base/log.h"
+#include "comm/comm.h"
 #include "infer/sampler.h"
 
 #define ENTRY(name) {#name, (void (*)(void))name},
@@ -22,6 +23,7 @@ static const struct {
     ENTRY(ee_ctx_destroy)
     ENTRY(ee_weight_bytes)
     ENTRY(ee_alloc_fail_at)
+    ENTRY(ee_comm_self)
     ENTRY(ee_sampling_check)
     ENTRY(ee_sampling_uniform)
     ENTRY(ee_sampling_plain)

@@ -5,49 +5,78 @@
 #include <string.h>
 
 static enum ee_status allocate(struct ee_list *list) {
-    void *memory;
-    EE_TRY(ee_alloc(&memory, (size_t)list->count * sizeof *list->actions, "a schedule"));
-    list->actions = memory;
-    EE_TRY(ee_alloc(&memory, (size_t)list->count * sizeof *list->slots, "a schedule"));
-    list->slots = memory;
-    EE_TRY(ee_alloc(&memory, (size_t)list->chunks * sizeof *list->slot_counts, "a schedule"));
-    list->slot_counts = memory;
+    const struct {
+        void **out;
+        size_t count, size;
+    } arrays[] = {
+        {(void **)&list->actions, (size_t)list->count, sizeof *list->actions},
+        {(void **)&list->slots, (size_t)list->count, sizeof *list->slots},
+        {(void **)&list->queues, (size_t)list->count, sizeof *list->queues},
+        {(void **)&list->slot_counts, (size_t)list->chunks, sizeof *list->slot_counts},
+        {(void **)&list->queue_counts, (size_t)list->chunks, sizeof *list->queue_counts},
+    };
+    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++)
+        EE_TRY(ee_alloc(arrays[i].out, arrays[i].count * arrays[i].size, "a schedule"));
     return EE_OK;
 }
 
-/* Gives each microbatch the lowest slot of its chunk that is free. held[chunk][microbatch]: its
- * slot; owner[chunk][slot]: 1 while it is in use. */
-static void assign(struct ee_list *list, int32_t microbatches, int32_t *held, uint8_t *owner) {
+/* Places of each chunk that microbatches hold: of [chunk][microbatch] the one that it has, and of
+ * [chunk][place] whether it is in use. */
+struct places {
+    int32_t *held;
+    uint8_t *used;
+};
+
+/* Gives a microbatch the lowest free place of its chunk. */
+static int32_t take_place(struct places *places, int64_t row, int32_t microbatch, int32_t *count) {
+    int32_t place = 0;
+    while (places->used[row + place])
+        place++;
+    places->used[row + place] = 1;
+    places->held[row + microbatch] = place;
+    *count = (int32_t)ee_max(*count, place + 1);
+    return place;
+}
+
+static int32_t give_back(struct places *places, int64_t row, int32_t microbatch) {
+    int32_t place = places->held[row + microbatch];
+    places->used[row + place] = 0;
+    return place;
+}
+
+static void assign(struct ee_list *list, int32_t microbatches, struct places *slots,
+                   struct places *queues) {
     for (int64_t i = 0; i < list->count; i++) {
         const struct ee_step_action *a = &list->actions[i];
         int64_t row = (int64_t)a->chunk * microbatches;
-        list->slots[i] = -1;
-        if (a->kind == EE_STEP_FORWARD && (a->flags & EE_STEP_KEEPS)) {
-            int32_t slot = 0;
-            while (owner[row + slot])
-                slot++;
-            owner[row + slot] = 1;
-            held[row + a->microbatch] = list->slots[i] = slot;
-            list->slot_counts[a->chunk] = (int32_t)ee_max(list->slot_counts[a->chunk], slot + 1);
-        } else if (a->kind != EE_STEP_FORWARD) {
-            int32_t slot = list->slots[i] = held[row + a->microbatch];
-            if (a->kind != EE_STEP_BACKWARD_INPUT)
-                owner[row + slot] = 0;
-        }
+        list->slots[i] = list->queues[i] = -1;
+        if (a->kind == EE_STEP_FORWARD && (a->flags & EE_STEP_KEEPS))
+            list->slots[i] = take_place(slots, row, a->microbatch, &list->slot_counts[a->chunk]);
+        else if (a->kind == EE_STEP_BACKWARD || a->kind == EE_STEP_BACKWARD_INPUT)
+            list->slots[i] = give_back(slots, row, a->microbatch);
+        if (a->kind == EE_STEP_BACKWARD_INPUT)
+            list->queues[i] = take_place(queues, row, a->microbatch, &list->queue_counts[a->chunk]);
+        else if (a->kind == EE_STEP_BACKWARD_WEIGHT)
+            list->queues[i] = give_back(queues, row, a->microbatch);
+    }
+    for (int64_t i = 0; i < list->count; i++) {
+        const struct ee_step_action *a = &list->actions[i];
+        if (a->kind == EE_STEP_FORWARD && !(a->flags & EE_STEP_KEEPS))
+            list->slots[i] = list->slot_counts[a->chunk];
     }
 }
 
 static enum ee_status assign_slots(struct ee_list *list, int32_t microbatches) {
     size_t all = (size_t)list->chunks * (size_t)microbatches;
-    void *held, *owner;
-    EE_TRY(ee_alloc(&held, all * sizeof(int32_t), "a schedule"));
-    enum ee_status status = ee_alloc(&owner, all, "a schedule");
-    if (status == EE_OK) {
-        assign(list, microbatches, held, owner);
-        ee_free(owner);
-    }
-    ee_free(held);
-    return status;
+    void *memory;
+    /* Two of each array, one after the other. */
+    EE_TRY(ee_alloc(&memory, 2 * all * (sizeof(int32_t) + 1), "a schedule"));
+    int32_t *held = memory;
+    uint8_t *used = (uint8_t *)(held + 2 * all);
+    struct places slots = {held, used}, queues = {held + all, used + all};
+    assign(list, microbatches, &slots, &queues);
+    ee_free(memory);
+    return EE_OK;
 }
 
 static enum ee_status create(struct ee_list **out, int64_t count, int32_t chunks) {
@@ -96,11 +125,28 @@ enum ee_status ee_list_from_actions(struct ee_list **out, const struct ee_step_a
     return finish(out, microbatches);
 }
 
+enum ee_status ee_list_of_forwards(struct ee_list **out, int32_t rank, int32_t ranks,
+                                   int32_t chunks, int32_t microbatches) {
+    EE_TRY(create(out, (int64_t)chunks * microbatches, chunks));
+    struct ee_list *list = *out;
+    for (int64_t i = 0; i < list->count; i++) {
+        int32_t chunk = (int32_t)(i % chunks), global = chunk * ranks + rank;
+        uint8_t flags = (uint8_t)((global > 0 ? EE_STEP_RECEIVES : 0) |
+                                  (global < ranks * chunks - 1 ? EE_STEP_SENDS : 0));
+        list->actions[i] =
+            (struct ee_step_action){EE_STEP_FORWARD, flags, (uint16_t)chunk, (int32_t)(i / chunks)};
+        list->queues[i] = -1;
+    }
+    return EE_OK;
+}
+
 void ee_list_destroy(struct ee_list *list) {
     if (!list)
         return;
     ee_free(list->actions);
     ee_free(list->slots);
+    ee_free(list->queues);
     ee_free(list->slot_counts);
+    ee_free(list->queue_counts);
     ee_free(list);
 }

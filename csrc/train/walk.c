@@ -8,6 +8,7 @@
 struct message {
     double ready;
     int32_t microbatch;
+    bool kept; /* of a forward: the sender keeps activations */
 };
 
 struct channel {
@@ -26,6 +27,7 @@ struct rank {
     struct ee_step_action action; /* the one that waits, if `waits` */
     bool waits, queued, ended;
     int32_t slots;
+    int32_t backwards, forwards, passing; /* messages sent and not received, by kind */
     double clock, bytes;
 };
 
@@ -180,26 +182,43 @@ static double cost_of(const struct walk *w, const struct place *at) {
     return costs[at->action->kind][at->chunk];
 }
 
+/* The peak of a rank while an action of a microbatch runs that needs `more` bytes. */
+static void note_peak(const struct rank *r, struct ee_rank_result *result, double more) {
+    result->slots = (int32_t)ee_max(result->slots, r->slots);
+    if (r->bytes + more > result->peak_bytes)
+        result->peak_bytes = r->bytes + more;
+}
+
 static void account(struct walk *w, const struct place *at) {
+    static const struct ee_walk_costs none = {0};
     struct rank *r = &w->ranks[at->rank];
     struct ee_rank_result *result = &w->result[at->rank];
-    bool keeps = at->action->flags & EE_STEP_KEEPS;
-    bool frees = !at->forward && at->action->kind != EE_STEP_BACKWARD_INPUT;
-    double kept = w->costs ? w->costs->kept_bytes[at->chunk] : 0;
-    double passing = at->forward ? (keeps ? 0 : kept)
-                     : w->costs  ? w->costs->transient_bytes[at->chunk]
-                                 : 0;
-    if (keeps) {
-        r->slots++;
-        r->bytes += kept;
+    const struct ee_walk_costs *costs = w->costs ? w->costs : &none;
+    double kept = costs->kept_bytes ? costs->kept_bytes[at->chunk] : 0;
+    double queued = costs->queued_bytes ? costs->queued_bytes[at->chunk] : 0;
+    double transient = costs->transient_bytes ? costs->transient_bytes[at->chunk] : 0;
+    switch (at->action->kind) {
+    case EE_STEP_FORWARD:
+        if (at->action->flags & EE_STEP_KEEPS) {
+            r->slots++;
+            r->bytes += kept;
+            kept = 0;
+        }
+        note_peak(r, result, kept);
+        return;
+    case EE_STEP_BACKWARD_INPUT:
+        r->bytes += queued;
+        break;
+    case EE_STEP_BACKWARD_WEIGHT:
+        note_peak(r, result, transient);
+        r->bytes -= queued;
+        return;
+    default:
+        break;
     }
-    result->slots = (int32_t)ee_max(result->slots, r->slots);
-    if (r->bytes + passing > result->peak_bytes)
-        result->peak_bytes = r->bytes + passing;
-    if (frees) {
-        r->slots--;
-        r->bytes -= kept;
-    }
+    note_peak(r, result, transient);
+    r->slots--;
+    r->bytes -= kept;
 }
 
 /* -- The walk -- */
@@ -211,13 +230,32 @@ static struct channel *channel_of(struct walk *w, const struct place *at, int32_
     return &channels[m >= 0 && m < w->lists->fill1];
 }
 
+/* How many messages of the action's kind the rank has sent that nobody has received. */
+static int32_t *unreceived(struct rank *r, const struct place *at) {
+    if (!at->forward)
+        return &r->backwards;
+    return at->action->flags & EE_STEP_KEEPS ? &r->forwards : &r->passing;
+}
+
+/* Whether the action has to wait until a message of its rank is received. */
+static bool has_to_wait(const struct walk *w, const struct place *at) {
+    if (!w->lists->buffers || !(at->action->flags & EE_STEP_SENDS))
+        return false;
+    int32_t limit = !at->forward                        ? w->lists->buffers
+                    : at->action->flags & EE_STEP_KEEPS ? EE_WALK_FORWARDS
+                                                        : 1;
+    return *unreceived(&w->ranks[at->rank], at) >= limit;
+}
+
 static enum ee_status send(struct walk *w, const struct place *at, double end) {
     int32_t to = at->chunk + (at->forward ? 1 : -1), P = w->lists->ranks;
     if (to < 0 || to >= P * w->lists->chunks)
         FAIL_AT(w, at, "there is no chunk to send to");
     double message = w->costs && P > 1 ? w->costs->message : 0;
-    struct message sent = {end + message, at->action->microbatch};
+    struct message sent = {end + message, at->action->microbatch,
+                           (at->action->flags & EE_STEP_KEEPS) != 0};
     EE_TRY(channel_push(channel_of(w, at, to), sent));
+    *unreceived(&w->ranks[at->rank], at) += 1;
     int32_t rank = at->rank + (at->forward ? 1 : -1);
     wake(w, rank < 0 ? P - 1 : rank == P ? 0 : rank);
     return EE_OK;
@@ -255,6 +293,8 @@ static enum ee_status try_action(struct walk *w, int32_t rank) {
         EE_TRY(at.extra ? check_extra(w, &at) : check_full(w, &at));
         r->waits = true;
     }
+    if (has_to_wait(w, &at))
+        return EE_OK;
     if (!(r->action.flags & EE_STEP_RECEIVES))
         return run(w, &at, 0);
     struct channel *from = channel_of(w, &at, at.chunk);
@@ -264,7 +304,13 @@ static enum ee_status try_action(struct walk *w, int32_t rank) {
     if (head->microbatch != r->action.microbatch)
         FAIL_AT(w, &at, "the next message for it is that of microbatch %d", head->microbatch);
     double ready = head->ready;
+    /* Whoever sent it may go on. */
+    int32_t sender = (rank + (at.forward ? w->lists->ranks - 1 : 1)) % w->lists->ranks;
+    *(at.forward ? head->kept ? &w->ranks[sender].forwards : &w->ranks[sender].passing
+                 : &w->ranks[sender].backwards) -= 1;
     from->first++;
+    if (w->lists->buffers)
+        wake(w, sender);
     return run(w, &at, ready);
 }
 
@@ -368,6 +414,49 @@ enum ee_status ee_walk(const struct ee_lists *lists, const struct ee_walk_costs 
 static bool next_of_spec(void *arg, int32_t rank, struct ee_step_action *action) {
     struct ee_schedule_iterator *iterators = arg;
     return ee_schedule_next(&iterators[rank], action);
+}
+
+static bool next_given(void *arg, int32_t rank, struct ee_step_action *action) {
+    struct ee_given_list *list = (struct ee_given_list *)arg + rank;
+    if (list->at == list->count)
+        return false;
+    *action = list->actions[list->at++];
+    return true;
+}
+
+struct ee_lists ee_lists_of_given(const struct ee_schedule_spec *spec,
+                                  struct ee_given_list *given) {
+    for (int32_t i = 0; i < spec->ranks; i++)
+        given[i].at = 0;
+    return (struct ee_lists){.ranks = spec->ranks,
+                             .chunks = spec->chunks,
+                             .microbatches = spec->microbatches,
+                             .fill1 = spec->fill1,
+                             .fill2 = spec->fill2,
+                             .next = next_given,
+                             .arg = given};
+}
+
+enum ee_status ee_walk_buffers(const struct ee_schedule_spec *spec, struct ee_given_list *given,
+                               int32_t *buffers) {
+    size_t ranks = (size_t)spec->ranks;
+    void *iterators, *result;
+    EE_TRY(ee_alloc(&iterators, ranks * sizeof(struct ee_schedule_iterator), "a schedule"));
+    enum ee_status status = ee_alloc(&result, ranks * sizeof(struct ee_rank_result), "a schedule");
+    if (status == EE_OK) {
+        int32_t most = spec->chunks * (spec->microbatches + spec->fill1 + spec->fill2);
+        for (*buffers = 2;; *buffers *= 2) {
+            struct ee_lists lists =
+                given ? ee_lists_of_given(spec, given) : ee_lists_of_spec(spec, iterators);
+            lists.buffers = *buffers;
+            status = ee_walk(&lists, NULL, result, NULL, NULL);
+            if (status == EE_OK || status == EE_ERR_NOMEM || *buffers >= most)
+                break;
+        }
+        ee_free(result);
+    }
+    ee_free(iterators);
+    return status;
 }
 
 struct ee_lists ee_lists_of_spec(const struct ee_schedule_spec *spec,

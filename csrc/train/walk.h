@@ -15,14 +15,21 @@ EE_EXTERN_C_BEGIN
 struct ee_lists {
     int32_t ranks, chunks, microbatches; /* P, v, M */
     int32_t fill1, fill2;                /* microbatches of bubble filling */
+    /* How many backward messages of a rank may have been sent and not been received, as many as it
+     * has buffers for; with a limit, forward ones are limited too: EE_WALK_FORWARDS whose
+     * activations are kept, one whose are not. 0: no limits. */
+    int32_t buffers;
     bool (*next)(void *arg, int32_t rank, struct ee_step_action *action);
     void *arg;
 };
 
+#define EE_WALK_FORWARDS 96
+
 /* Of each global chunk [P v], in any unit of time, and bytes. */
 struct ee_walk_costs {
     const double *forward, *backward, *backward_input, *backward_weight;
-    const double *kept_bytes;      /* a microbatch between its forward and its last backward */
+    const double *kept_bytes;   /* a microbatch between its forward and the backward of its input */
+    const double *queued_bytes; /* between the two parts of a split backward */
     const double *transient_bytes; /* while a backward runs */
     const double *static_bytes;    /* of each rank [P] */
     double message; /* from the end of an action to the start of what needs it elsewhere */
@@ -54,6 +61,20 @@ EE_WARN_UNUSED enum ee_status ee_walk(const struct ee_lists *lists,
 /* The lists that a checked spec gives: iterators[P] belong to the caller. */
 struct ee_lists ee_lists_of_spec(const struct ee_schedule_spec *spec,
                                  struct ee_schedule_iterator *iterators);
+
+/* The list of a rank in memory. */
+struct ee_given_list {
+    const struct ee_step_action *actions;
+    int64_t count, at; /* at: the next one, for the walk */
+};
+
+/* Lists in memory, with the numbers of a spec: given[P] belong to the caller. */
+struct ee_lists ee_lists_of_given(const struct ee_schedule_spec *spec, struct ee_given_list *given);
+
+/* The least number of buffers, at least 2, with which lists that ee_walk accepts cannot come to a
+ * stop. given: NULL for those of the spec. EE_ERR_INVALID where there is none. */
+EE_WARN_UNUSED enum ee_status ee_walk_buffers(const struct ee_schedule_spec *spec,
+                                              struct ee_given_list *given, int32_t *buffers);
 
 EE_EXTERN_C_END
 

@@ -19,6 +19,7 @@ from eellm._version import __version__
 COMMANDS = {
     "demo": "train a small early-exit model on real text and watch it write (three minutes)",
     "train": "train a model from a TOML file",
+    "launch": "run a command as the ranks of a job, on this machine or on several",
     "generate": "write text with a model, tokens coloured by the exit where they left",
     "eval": "losses, agreement and speed of every exit on a text; find the best thresholds",
     "data": "make and inspect token files",
@@ -63,8 +64,17 @@ class Parser(argparse.ArgumentParser):
 def fail(text: str, status: int) -> int:
     """Prints an error as one line on standard error; returns the status."""
     line = " ".join(str(text).split("\n"))
+    _end_job(f"eellm: error: {line}", status)
     print(f"eellm: error: {line}", file=sys.stderr, flush=True)
     return status
+
+
+def _end_job(line: str, status: int) -> None:
+    """On a rank of a job, ends the job with one line of one rank; else does nothing."""
+    if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ:
+        from eellm.distributed import report_failure
+
+        report_failure(line, status)
 
 
 def make_parser(command: str | None = None) -> Parser:
@@ -104,8 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command is None:
             parser.print_help()
             return 2 if arguments else 0
+        if "LOCAL_RANK" in os.environ and options.command in ("train", "generate"):
+            from eellm.distributed import refuse_torchrun
+
+            refuse_torchrun()
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
+        _end_job("eellm: interrupted", 130)
         print("eellm: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:

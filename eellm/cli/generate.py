@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from eellm.decode.settings import DRAFT_LENGTH, DTYPES, ENGINES, MAX_DEFERRED
 from eellm.errors import Shown, invalid
 
 if TYPE_CHECKING:
+    from eellm._core import Comm
     from eellm.decode import Generator
 
 EPILOG = """\
@@ -22,6 +24,7 @@ A token leaves at the first early exit whose largest probability reaches the thr
   full          every token at full depth
   speculative   exits draft, all layers verify: the text of full, in less time
   recompute     deferred that starts again from the first layer, for comparison
+  pipeline      the layers are spread over ranks; a token that leaves starts the next one at once
 
 examples:
   eellm generate run/model --prompt "def main"
@@ -31,6 +34,8 @@ examples:
   eellm generate run/model --prompt-file prompt.txt --threshold 0.6,0.8 --json
   eellm generate run/model --prompt "class A" --threshold 0.7 --html exits.html
   eellm generate run/model --prompt "def f" --stop $'\\n\\n' --logit-bias 198=-2
+  eellm generate run/model --prompt "def main" --engine pipeline --ranks 2 --threshold 0.8
+  mpirun -n 4 eellm generate run/model --prompt "def main" --engine pipeline --threshold 0.8
 
 Text goes to standard output, on a terminal each token on the colour of its exit; shares of exits
 and speed go to standard error.
@@ -140,17 +145,56 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=DTYPES, help="of the weights in memory (default: as in the files)"
     )
     group.add_argument(
+        "--ranks", type=int, metavar="N", help="spread the layers over so many threads, with "
+        "--engine pipeline (default 1; in a job of mpirun its ranks)"
+    )  # fmt: skip
+    group.add_argument("--split", metavar="N,M", help="layers of each rank (default: equal shares)")
+    group.add_argument(
         "--threads", type=int, default=0, metavar="N", help="0: all that the process may use"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    from eellm.cli.show import Printer, as_json, page, tell
+    comm = _job(options)
+    if comm is not None and comm.rank > 0:
+        from eellm.decode import serve
 
+        serve(options.model, comm, options.threads)
+        return 0
     prompts = _prompts(options)
     settings = _settings(options)
-    generator = _load(options, prompts, settings)
+    with closing(_load(options, prompts, settings, comm)) as generator:
+        return _write(options, prompts, settings, generator)
+
+
+def _job(options: argparse.Namespace) -> Comm | None:
+    """The ranks of a job of mpirun; None where this process is alone."""
+    from eellm import distributed
+
+    if not distributed.is_job():
+        return None
+    comm = distributed.world()
+    if comm.size == 1:
+        return None
+    if options.engine != "pipeline":
+        raise invalid(
+            "generate in a job of several ranks", "--engine pipeline", options.engine,
+            "start other engines without mpirun",
+        )  # fmt: skip
+    if options.ranks not in (None, comm.size):
+        raise invalid("--ranks", f"the {comm.size} ranks of the job", options.ranks, "leave it out")
+    return comm
+
+
+def _write(
+    options: argparse.Namespace,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    generator: Generator,
+) -> int:
+    from eellm.cli.show import Printer, as_json, page, tell
+
     exits = len(generator.config.exits) + 1
     printer = None if options.json else Printer(prompts, options.n, options.color, exits)
     results = generator.generate(prompts, stream=printer, **settings)
@@ -166,7 +210,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _load(
-    options: argparse.Namespace, prompts: Sequence[str], settings: Mapping[str, Any]
+    options: argparse.Namespace,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    comm: Comm | None,
 ) -> Generator:
     """The model, with a cache for these texts. What is wrong with them is said before the weights
     are read, which may take long."""
@@ -191,6 +238,10 @@ def _load(
         max_sequences=min(len(prompts) * chosen.n, MAX_SEQUENCES),
         max_length=min(longest, context),
         tokenizer=tokenizer,
+        ranks=1 if options.ranks is None or comm is not None else options.ranks,
+        split=_integers("--split", options.split),
+        engine=chosen.engine,
+        comm=comm,
     )
 
 

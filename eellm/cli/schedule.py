@@ -25,7 +25,11 @@ microbatch takes a rank --forward and --backward, in any unit; an early exit run
 backward of its rank and takes --exit-time, and so does the final one on the last rank. With
 --config times and bytes come from the model's sizes. --fill puts microbatches into the bubbles of
 1f1b that run only in part: Part 1 ends at an early exit, Part 2 sends its gradient back a few ranks
-only; auto takes as many as make no step longer. No command runs more than one rank yet.
+only; auto takes as many as make no step longer.
+
+--replay runs a schedule: the runner, its messages and its transport as in training, with a wait in
+place of each action, as long as TIMES.json says; so more ranks can be measured than there are
+cores. Ranks are the processes of mpirun, else threads. --save-times writes such a file.
 
 examples:
   eellm schedule --name 1f1b --ranks 4 --microbatches 6 --exits 1,2
@@ -35,6 +39,8 @@ examples:
   eellm schedule --ranks 4 --microbatches 64 --config run.toml
   eellm schedule --ranks 4 --microbatches 6 --save mine.json
   eellm schedule --load mine.json            an edited list, refused where it cannot run
+  eellm schedule --ranks 4 --microbatches 8 --unit 0.01 --save-times times.json
+  eellm launch -n 4 -- schedule --replay times.json --trace trace.json
 """
 
 
@@ -90,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="later",
         help="whose an exit between two ranks is; default later",
     )
+    _add_replay(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--png", metavar="FILE", help="draw a picture")
     output.add_argument("--svg", metavar="FILE", help="draw a picture")
@@ -97,8 +104,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object, no table")
 
 
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("replay")
+    group.add_argument("--replay", metavar="TIMES.json", help="run it with waits, and measure it")
+    group.add_argument("--save-times", metavar="FILE", help="write these costs for --replay")
+    group.add_argument(
+        "--unit", type=float, metavar="S", help="seconds of a unit of time; default 0.01"
+    )
+    group.add_argument(
+        "--message-bytes", type=int, metavar="N", help="of a message; default 1 MiB, or the model's"
+    )
+    group.add_argument("--transport", choices=("auto", "mpi", "local"), default="auto")
+    group.add_argument("--steps", type=int, default=5, metavar="N", help="measured; default 5")
+    group.add_argument("--warmup", type=int, default=2, metavar="N", help="before; default 2")
+    group.add_argument("--trace", metavar="FILE", help="write the last step in Chrome's format")
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if options.replay:
+        from eellm.cli import replay
+
+        return replay.run(options)
+    if options.trace:
+        raise _wrong("--trace", "--replay beside it", options.trace)
     for option, ending in (("png", ".png"), ("svg", ".svg")):
         path = getattr(options, option)
         if path and Path(path).suffix.lower() != ending:
@@ -107,6 +136,8 @@ def run(options: argparse.Namespace) -> int:
     result = schedule.simulate(costs)
     if options.save:
         schedule.save(options.save)
+    if options.save_times:
+        _save_times(options, schedule, costs)
     for path in filter(None, (options.png, options.svg)):
         from eellm.pipeline import draw
 
@@ -116,6 +147,22 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(options, schedule, result, units)
     return 0
+
+
+def _save_times(options: argparse.Namespace, schedule: Schedule, costs: Costs) -> None:
+    from eellm.pipeline.replay import Times
+
+    size = 1 << 20
+    if options.config:
+        if options.unit is not None:
+            raise _wrong("--unit", "none with --config, whose times are seconds", options.unit)
+        config, micro_batch, seq_length = _read_config(options)
+        size = 4 * micro_batch * seq_length * config.hidden_size
+    unit = 1.0 if options.config else 0.01 if options.unit is None else options.unit
+    if not unit > 0:
+        raise _wrong("--unit", "a number above 0", unit)
+    size = size if options.message_bytes is None else options.message_bytes
+    Times.of(schedule, costs, unit=unit, message_bytes=size).save(options.save_times)
 
 
 def _make(options: argparse.Namespace) -> tuple[Schedule, Costs, bool]:
@@ -301,7 +348,7 @@ def _print(
 
         empty = Plain(schedule.name, schedule.ranks, schedule.microbatches).simulate(result.costs)
         print(f"with empty bubbles {empty.time:.6g}")
-    for path in filter(None, (options.png, options.svg, options.save)):
+    for path in filter(None, (options.png, options.svg, options.save, options.save_times)):
         print(f"wrote {path}")
 
 

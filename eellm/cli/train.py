@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ A run is described by a TOML file; every key has a default but data.train and th
   valid_interval = 200
   checkpoint_interval = 200
 
+  [parallel]                       # for several ranks
+  schedule = "1f1b"                # gpipe, interleaved, zero_bubble
+
   [output]
   folder = "run"
 
@@ -43,6 +47,8 @@ examples:
   eellm train run.toml --set train.learning_rate=3e-4 --set model.exits.0.layer=5
   eellm train run.toml --print-config > complete.toml
   eellm train run.toml --resume auto         go on from the last good checkpoint
+  eellm launch -n 4 -- train run.toml        four ranks, each with a quarter of the layers
+  mpirun -n 4 eellm train run.toml           the same
 
 The folder gets metrics.jsonl, checkpoints/ and at the end model/, a Hugging Face directory.
 Ctrl-C and SIGTERM save a checkpoint before they end the run.
@@ -67,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="DIR", help="short for --set output.folder=DIR")
     parser.add_argument(
+        "--schedule", metavar="FILE", help="short for --set parallel.schedule_file=FILE"
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the complete settings and exit"
     )
 
@@ -79,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
 
     values: dict[str, Any] = load_toml(options.config) if options.config else {}
     values = apply_overrides(SCHEMA, values, options.set)
+    if options.schedule is not None:
+        values.setdefault("parallel", {})["schedule_file"] = options.schedule
     if options.output is not None:
         values.setdefault("output", {})["folder"] = options.output
     settings = RunSettings.from_values(values)
@@ -86,9 +97,31 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(settings.to_toml())
         return 0
     logs.connect()
-    trainer = make_trainer(settings, options.resume)
-    assert trainer.folder is not None
-    (trainer.folder.path / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
+    trainer = make_trainer(settings, options.resume, _fault())
+    folder = trainer.folder
+    assert folder is not None
+    first = trainer.group is None or trainer.group.first
+    if first:
+        (folder.path / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
     trainer.train()
-    print(f"saved {Path(trainer.folder.model)}", file=sys.stderr)
+    if first:
+        print(f"saved {Path(folder.model)}", file=sys.stderr)
     return 0
+
+
+def _fault() -> tuple[str, int, int, float] | None:
+    """EELLM_FAULT=RANK:KIND:STEP:ACTION[:SECONDS], which tests set: what happens on a rank."""
+    text = os.environ.get("EELLM_FAULT")
+    if not text:
+        return None
+    from eellm import distributed
+    from eellm.errors import invalid
+
+    parts = text.split(":")
+    try:
+        rank, kind, step, action = int(parts[0]), parts[1], int(parts[2]), int(parts[3])
+        seconds = float(parts[4]) if len(parts) > 4 else 0.0
+    except (IndexError, ValueError):
+        expected = "RANK:KIND:STEP:ACTION or RANK:delay:STEP:ACTION:SECONDS"
+        raise invalid("EELLM_FAULT is invalid", expected, text) from None
+    return (kind, step, action, seconds) if distributed.world().rank == rank else None

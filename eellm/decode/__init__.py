@@ -6,7 +6,7 @@ import collections.abc
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
@@ -14,13 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from eellm.decode.generation import Generation, Piece
 from eellm.decode.jobs import Job, Scoring, Writing, exit_depths, exit_names
+from eellm.decode.pipeline import (
+    Servers,
+    Trace,
+    begin_job,
+    bounds_of,
+    check_ranks,
+    load_rank,
+    part_of,
+    serve,
+    spread,
+    threads_of,
+)
 from eellm.decode.prompts import Prompts, Reader
 from eellm.decode.scores import Scores
-from eellm.decode.settings import DTYPES, Settings, check_count, takes_settings
+from eellm.decode.settings import DTYPES, ENGINES, Settings, check_count, takes_settings
 from eellm.errors import Shown, check_one_of, invalid
 
 if TYPE_CHECKING:
-    from eellm._core import Engine
+    from eellm._core import Comm, Engine
     from eellm.config import ModelConfig
     from eellm.data.tokenizers import Tokenizer
     from eellm.model import Model
@@ -34,6 +46,7 @@ __all__ = [
     "exit_depths",
     "exit_names",
     "generate",
+    "serve",
 ]
 
 MAX_SEQUENCES = 8
@@ -52,6 +65,7 @@ def generate(
     max_sequences: int = MAX_SEQUENCES,
     cache_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
+    ranks: int = 1,
     **settings: Any,
 ) -> Any:
     """Continues one prompt (gives a Generation) or a list of prompts (a list of them).
@@ -60,13 +74,14 @@ def generate(
     is written beside them. Every call packs the model's weights; for many calls use a Generator.
 
     stream: called with a Piece for every token as it comes.
-    dtype, max_sequences, cache_tokens, tokenizer: those of a Generator.
+    dtype, max_sequences, cache_tokens, tokenizer, ranks: those of a Generator.
     settings: the fields of `eellm.decode.Settings`, whose help explains them: engine, threshold,
         max_new_tokens, temperature, stop, n and others. With n above 1 the result is a list, prompt
         by prompt.
     """
-    chosen = Settings.of(settings)
+    chosen = Settings.of(_with_engine(settings, ranks))
     config = model.config
+    check_ranks(ranks, chosen.engine, config.num_hidden_layers)
     _check_limits(config, dtype, max_sequences, None, cache_tokens)
     find, context = _finder(model, tokenizer), config.max_position_embeddings
     reader = Reader(config.vocab_size, context, find, cache_tokens)
@@ -79,8 +94,10 @@ def generate(
         max_length=min(longest, context),
         cache_tokens=cache_tokens,
         tokenizer=tokenizer,
+        ranks=ranks,
     )
-    results = generator._finish(texts, stream)
+    with closing(generator):
+        results = generator._finish(texts, stream)
     return results[0] if single and chosen.n == 1 else results
 
 
@@ -98,6 +115,10 @@ class Generator:
         texts wait until others have ended. By default as many as could be needed.
     tokenizer: by default the one in the model's directory.
     progress: show a bar where packing takes more than a second, on a terminal.
+    ranks: spread the model over so many threads of this process, each with its own layers, which
+        write with the engine "pipeline"; split: how many layers each has, by default equal shares.
+        `close` ends them, as does dropping the generator.
+    engine: the engine of calls that name none: "deferred", or "pipeline" with several ranks.
     """
 
     config: ModelConfig
@@ -112,23 +133,44 @@ class Generator:
         cache_tokens: int | None = None,
         tokenizer: Tokenizer | None = None,
         progress: bool = True,
+        ranks: int = 1,
+        split: Sequence[int] | None = None,
+        engine: str | None = None,
+        trace: int = 0,
     ) -> None:
-        """Packs the weights of a model in memory."""
+        """Packs the weights of a model in memory.
+
+        trace: passes that each rank notes, for `traces`.
+        """
         from eellm import _core
         from eellm.files import packed
 
-        _check_limits(model.config, dtype, max_sequences, max_length, cache_tokens)
-        engine = _core.Engine(
-            model.core,
-            dtype=dtype,
-            max_sequences=max_sequences,
-            max_length=max_length or 0,
-            positions=cache_tokens or 0,
-            empty=True,
-        )
-        packed.load_from_model(engine, model.core, progress)
+        config = model.config
+        self._engine_name = _check_engine(config, engine, ranks)
+        _check_limits(config, dtype, max_sequences, max_length, cache_tokens)
+        bounds = bounds_of(split, ranks, config.num_hidden_layers)
+
+        def make(rank: int, comm: Comm | None) -> Engine:
+            core = model.core
+            if ranks > 1:
+                threads, part = threads_of(core.threads, ranks), part_of(ranks, rank, bounds)
+                core = _core.Model(config.to_core(), threads, core.isa, weights=False, part=part)
+            made = _core.Engine(
+                core,
+                dtype=dtype,
+                max_sequences=max_sequences,
+                max_length=max_length or 0,
+                positions=cache_tokens or 0,
+                empty=True,
+                comm=comm,
+                trace=trace,
+            )
+            packed.load_from_model(made, model.core, progress, core)
+            return made
+
+        self._servers = spread(ranks, make) if ranks > 1 else Servers([make(0, None)])
         find = _finder(model, tokenizer)
-        self._begin(model.config, engine, find, max_sequences, max_length, cache_tokens)
+        self._begin(config, self._servers.engines[0], find, max_sequences, max_length, cache_tokens)
 
     @classmethod
     def from_pretrained(
@@ -143,25 +185,51 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         revision: str | None = None,
         progress: bool = True,
+        ranks: int = 1,
+        split: Sequence[int] | None = None,
+        engine: str | None = None,
+        comm: Comm | None = None,
+        trace: int = 0,
     ) -> Generator:
         """A generator from a directory, or from the Hugging Face hub by name.
 
-        Weights go from the files straight into the form that decoding wants. dtype None: bfloat16
-        where the files have it, which changes no value, else float32. threads 0: all that the
-        process may use.
+        Weights go from the files straight into the form that decoding wants, on each rank its own.
+        dtype None: bfloat16 where the files have it, which changes no value, else float32.
+        threads 0: all that the process may use, in a job its share. comm: the ranks of a job
+        (`eellm.distributed.world()`) in place of threads; this process is rank 0, the others call
+        `eellm.decode.serve`.
         """
-        from eellm.files import directory, packed
+        from eellm.distributed import threads_per_rank
+        from eellm.files import directory
         from eellm.files.locate import find_folder
 
         folder = find_folder(path, revision)
         config = directory.read_config(folder)
-        _check_limits(config, dtype, max_sequences, max_length, cache_tokens)
-        config, _, engine = packed.load_engine(
-            folder, dtype, threads, max_sequences, max_length or 0, cache_tokens or 0, progress
-        )
+        size = ranks if comm is None else comm.size
         self = cls.__new__(cls)
+        self._engine_name = _check_engine(config, engine, size)
+        _check_limits(config, dtype, max_sequences, max_length, cache_tokens)
+        bounds_of(split, size, config.num_hidden_layers)
+        options = {
+            "dtype": dtype,
+            "max_sequences": max_sequences,
+            "max_length": max_length or 0,
+            "cache_tokens": cache_tokens or 0,
+            "split": None if split is None else [int(count) for count in split],
+            "trace": trace,
+        }
+
+        def make(rank: int, each: Comm) -> Engine:
+            own = threads_of(threads, ranks) if comm is None else threads or threads_per_rank()
+            return load_rank(folder, each, options, own, progress)[1]
+
+        if comm is None:
+            self._servers = spread(ranks, make)
+        else:
+            begin_job(comm, options)
+            self._servers = Servers([make(0, comm)])
         find = _folder_finder(folder, tokenizer)
-        self._begin(config, engine, find, max_sequences, max_length, cache_tokens)
+        self._begin(config, self._servers.engines[0], find, max_sequences, max_length, cache_tokens)
         return self
 
     def _begin(
@@ -193,10 +261,20 @@ class Generator:
         """What the engine has done so far: steps, layers run, bytes read, drafts, and memory."""
         return self._engine.stats
 
+    def close(self) -> None:
+        """Ends the other ranks, where there are any: no more texts can be written then."""
+        self._servers.close()
+
+    def traces(self) -> list[Trace]:
+        """What each rank did, after `close`: seconds [n, 3] (start, end, when a token was decided
+        or NaN), and numbers [n, 6] (sequence, rows [first, last), layers [first, last), exit that
+        decided or -1)."""
+        return self._servers.traces()
+
     @takes_settings
     def generate(self, prompts: Prompts, *, stream: Stream | None = None, **settings: Any) -> Any:
         """Continues prompts; see `eellm.generate`."""
-        chosen = Settings.of(settings)
+        chosen = self._settings(settings)
         live = stream is not None
         single, texts = _prepare(self.config, self._reader, prompts, chosen, live)
         results = self._finish(texts, stream)
@@ -205,8 +283,11 @@ class Generator:
     @takes_settings
     def stream(self, prompts: Prompts, **settings: Any) -> Iterator[Piece]:
         """The tokens of prompts as they come; closing the iterator ends the texts."""
-        _, texts = _prepare(self.config, self._reader, prompts, Settings.of(settings), True)
+        _, texts = _prepare(self.config, self._reader, prompts, self._settings(settings), True)
         return self._run(texts)
+
+    def _settings(self, settings: Mapping[str, Any]) -> Settings:
+        return Settings.of({"engine": self._engine_name, **settings})
 
     def score(self, texts: Prompts, *, add_bos: bool | None = None) -> Any:
         """What every exit thinks of one text (gives Scores) or of a list (a list of them).
@@ -270,6 +351,21 @@ class Generator:
                     raise
                 return
             running[number] = waiting.popleft()
+
+
+def _with_engine(settings: Mapping[str, Any], ranks: int) -> Mapping[str, Any]:
+    """Several ranks write with the engine pipeline unless another one is named."""
+    return {"engine": "pipeline", **settings} if ranks > 1 else settings
+
+
+def _check_engine(config: ModelConfig, engine: str | None, ranks: int) -> str:
+    """The engine of calls that name none."""
+    check_count("ranks", ranks, 1, 4096)
+    if engine is None:
+        engine = "pipeline" if ranks > 1 else "deferred"
+    check_one_of("engine", engine, ENGINES)
+    check_ranks(ranks, engine, config.num_hidden_layers)
+    return engine
 
 
 def _by_sequence(events: Any) -> Iterator[tuple[int, Any]]:

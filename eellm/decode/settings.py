@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ENGINES = ("deferred", "full", "recompute", "speculative")
+ENGINES = ("deferred", "full", "recompute", "speculative", "pipeline")
 DTYPES = ("float32", "bfloat16")
 
 # A pass reads the weights once for up to 16 rows.
@@ -83,7 +83,8 @@ class Settings:
     engine: "deferred" leaves at early exits and runs the layers that were left out later, where
         they are needed; "full" never leaves early; "recompute" is "deferred" that starts again
         from the first layer, for comparison; "speculative" drafts at early exits and verifies with
-        all layers: the text of "full", faster.
+        all layers: the text of "full", faster; "pipeline" is for a model spread over ranks: a
+        token that leaves starts the next one at once, while later ranks run its other layers.
     threshold: the confidence (largest probability) from which on a token leaves at an early exit:
         one number for all exits or one for each. 1, the default, never leaves early. With
         "speculative" it makes drafts, by default from 0.15 on at the exit nearest to half depth.
@@ -304,7 +305,7 @@ class Settings:
         }
         speculative = self.engine == "speculative"
         held = DRAFT_LENGTH if speculative else MAX_DEFERRED
-        early = self.engine in ("deferred", "recompute")
+        early = self.engine in ("deferred", "recompute", "pipeline")
         return {
             "max_new_tokens": int(self.max_new_tokens),
             "min_new_tokens": int(self.min_new_tokens),

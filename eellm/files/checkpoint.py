@@ -3,6 +3,8 @@
 A checkpoint is a folder `step-XXXXXXXX`: a model directory with optimizer.safetensors (the moments
 by parameter name), state.json and manifest.json (size and SHA-256 of every other file). It is
 written under another name, brought to the disk, read back, and then renamed; older ones go last.
+Ranks that share a model write one checkpoint together, each its own parameters in files of its own;
+it is loaded into any other layout.
 """
 
 import json
@@ -10,11 +12,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +26,11 @@ from eellm.files import directory
 from eellm.files.directory import Parameters
 from eellm.files.disk import FileRecord, Folder, rename, sha256_of, sync_folder
 from eellm.files.locate import inside, read_json
-from eellm.files.safetensors import Entry, SafetensorsFile, write_safetensors
+from eellm.files.peers import Peers
+from eellm.files.safetensors import Entry
+
+if TYPE_CHECKING:
+    from eellm._core import ParameterRow
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -52,27 +58,42 @@ def write_checkpoint(
     step: int,
     write: Callable[[Folder], None],
     keep: int = 0,
+    peers: Peers | None = None,
 ) -> Path:
-    """Writes a checkpoint through `write` and removes all but the newest `keep` (0: none)."""
+    """Writes a checkpoint through `write` and removes all but the newest `keep` (0: none).
+
+    With peers every rank calls it, and `write` writes the rank's part.
+    """
+    peers = peers or Peers()
     if not isinstance(step, int) or not 0 <= step < 10**18:
         raise invalid("step is invalid", "an integer from 0", step)
     if not isinstance(keep, int) or keep < 0:
         raise invalid("keep is invalid", "a number of checkpoints, or 0 for all", keep)
     parent = Folder(root).path
-    _clean(parent)
     target = parent / f"step-{step:08d}"
     temporary = parent / f".new-{target.name}"
+    peers.on_first(lambda: _clean(parent))
+    folder = peers.together(lambda: Folder(temporary, hashed=True))
     try:
-        folder = Folder(temporary, hashed=True)
-        write(folder)
-        _write_manifest(folder, step)
-        folder.commit()
-        _verify(temporary)
-        _put(temporary, target)
+        peers.together(lambda: write(folder))
+        parts = peers.gather({name: vars(record) for name, record in folder.files.items()})
+        mine = dict(folder.files)
+        for part in parts:
+            folder.files.update({name: FileRecord(**record) for name, record in part.items()})
+
+        def finish() -> None:
+            if peers.first:
+                _write_manifest(folder, step)
+            folder.commit()
+
+        peers.together(finish)
+        peers.together(lambda: _verify(temporary, mine))
+        peers.on_first(lambda: _put(temporary, target))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if peers.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _remove_old(parent, target, keep)
+    peers.on_first(lambda: _remove_old(parent, target, keep))
     return target
 
 
@@ -168,8 +189,11 @@ def _manifest(path: Path) -> dict[str, FileRecord]:
     return result
 
 
-def _verify(path: Path) -> None:
-    for name, expected in _manifest(path).items():
+def _verify(path: Path, names: Iterable[str] | None = None) -> None:
+    """Compares files with the manifest, all of them without `names`."""
+    manifest = _manifest(path)
+    for name in manifest if names is None else names:
+        expected = manifest[name]
         got = sha256_of(inside(path, name))
         if got != expected:
             raise invalid(
@@ -215,16 +239,20 @@ def save_training(
     state: Mapping[str, Any],
     keep: int = 0,
     tokenizer: Path | None = None,
+    peers: Peers | None = None,
 ) -> Path:
     """A checkpoint of model, moments and state; `state` is what else a run needs, as JSON."""
+    peers = peers or Peers()
 
     def write(folder: Folder) -> None:
-        directory.write_model(folder, config, model)
+        largest = directory.MAX_SHARD_BYTES
+        directory.write_model(folder, config, model, peers=peers)
+        entries = _moment_entries(model, moments)
+        directory.write_tensors(folder, OPTIMIZER, entries, largest, peers, {"format_version": "1"})
+        if not peers.first:
+            return
         if tokenizer is not None:
             directory.copy_tokenizer(tokenizer, folder)
-        write_safetensors(
-            folder, OPTIMIZER, _moment_entries(model, moments), {"format_version": "1"}
-        )
         values = {
             **state,
             "format_version": FORMAT_VERSION,
@@ -233,16 +261,19 @@ def save_training(
         }
         folder.write(STATE, (json.dumps(values, indent=1) + "\n").encode())
 
-    return write_checkpoint(root, step, write, keep)
+    return write_checkpoint(root, step, write, keep, peers)
 
 
-def _trained(model: Parameters) -> list[tuple[str, tuple[int, ...]]]:
-    return [(row["name"], tuple(row["shape"])) for row in model.table if not row["frozen"]]
+def _trained(model: Parameters) -> list["ParameterRow"]:
+    return [row for row in model.table if not row["frozen"]]
 
 
 def _moment_entries(model: Parameters, moments: Moments) -> list[Entry]:
     result = []
-    for name, shape in _trained(model):
+    for row in _trained(model):
+        name, shape = row["name"], tuple(row["shape"])
+        if not row["owned"]:
+            continue
         for key, of in (("moment1", moments.moment1), ("moment2", moments.moment2)):
             result.append(Entry(f"{key}.{name}", "F32", shape, partial(_array, of, name)))
     return result
@@ -275,19 +306,25 @@ def load_training(
     folder = Path(path)
     state = read_state(folder)
     directory.load_parameters(model, config, directory.Weights(folder))
-    file = SafetensorsFile(inside(folder, OPTIMIZER))
+    tensors = directory.open_tensors(folder, OPTIMIZER)
+    if tensors is None:
+        raise FileNotFoundError(f"{folder} has no {OPTIMIZER}; give a checkpoint of a training run")
     trained = _trained(model)
-    expected = {f"{key}.{name}" for key in ("moment1", "moment2") for name, _ in trained}
-    if expected != set(file):
-        difference = sorted(expected ^ set(file))
+    expected = {f"{key}.{row['name']}" for key in ("moment1", "moment2") for row in trained}
+    if expected != set(tensors):
+        difference = sorted(expected ^ set(tensors))
         raise invalid(
-            f"{file.path} does not fit the model",
+            f"{folder / OPTIMIZER} does not fit the model",
             f"{len(expected)} moments",
-            Shown(f"{len(file)}, differing in {', '.join(difference[:3])}"),
+            Shown(f"{len(tensors)}, differing in {', '.join(difference[:3])}"),
             "resume with the config that the checkpoint was written with",
         )
-    for name, shape in trained:
+    for row in trained:
+        if not row["held"]:
+            continue
+        name, shape = row["name"], tuple(row["shape"])
         for key, of in (("moment1", moments.moment1), ("moment2", moments.moment2)):
+            file = tensors[f"{key}.{name}"]
             info = file.tensors[f"{key}.{name}"]
             if info.shape != shape or info.dtype != "F32":
                 raise invalid(

@@ -19,6 +19,7 @@ from eellm.errors import Shown, invalid
 from eellm.files.disk import Folder
 from eellm.files.dtypes import SAVED_AS, check_dtype, from_float32, to_float32
 from eellm.files.locate import inside, read_json
+from eellm.files.peers import Peers
 from eellm.files.safetensors import (
     DTYPES,
     Entry,
@@ -35,6 +36,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EXITS = "exits.safetensors"
+EXITS_INDEX = "exits.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,7 +50,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"(model|exits)-\d{5}-of-\d{5}\.safetensors")
 _ROWS = 1024
 _PREFIXES = ("transformer.", "model.")
 
@@ -89,16 +91,21 @@ class Weights:
         """Maps all files of weights and checks their headers."""
         self.folder = folder
         self.backbone = _open_backbone(folder)
-        path = inside(folder, EXITS)
-        self.exits = _tensors([SafetensorsFile(path)]) if path.is_file() else {}
+        self.exits = open_tensors(folder, EXITS) or {}
+
+
+def open_tensors(folder: Path, name: str) -> dict[str, SafetensorsFile] | None:
+    """The tensors of a file, or of the shards that its index names; None without either."""
+    single, index = inside(folder, name), inside(folder, f"{name}.index.json")
+    if single.is_file():
+        return _tensors([SafetensorsFile(single)])
+    return _open_shards(folder, index) if index.is_file() else None
 
 
 def _open_backbone(folder: Path) -> dict[str, SafetensorsFile]:
-    single, index = inside(folder, WEIGHTS), inside(folder, INDEX)
-    if single.is_file():
-        return _tensors([SafetensorsFile(single)])
-    if index.is_file():
-        return _open_shards(folder, index)
+    found = open_tensors(folder, WEIGHTS)
+    if found is not None:
+        return found
     for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
         for path in folder.glob(pattern):
             raise pickle_error(str(path))
@@ -226,6 +233,18 @@ def find_parameters(
     return found
 
 
+def find_parameter(row: "ParameterRow", weights: Weights) -> Source:
+    """Where one parameter stands."""
+    tensors = weights.exits if row["exit"] >= 0 else weights.backbone
+    key = _find(tensors, row["source"])
+    if key is None:
+        _report_missing(weights.folder, [row["source"]])
+    assert key is not None
+    source = Source(row, tensors[key], key)
+    _check_form(source)
+    return source
+
+
 def load_parameters(
     target: Parameters,
     config: ModelConfig,
@@ -233,8 +252,10 @@ def load_parameters(
     with_exits: bool = True,
     strict: bool = True,
 ) -> None:
-    """Fills the parameters of a model from files, as `find_parameters` finds them."""
+    """Fills the parameters that a model holds from files, as `find_parameters` finds them."""
     for source in find_parameters(target.table, config, weights, with_exits, strict):
+        if not source.row["held"]:
+            continue
         np.asarray(target.parameter(source.row["name"]))[...] = source.float32()
 
 
@@ -314,12 +335,12 @@ def _same_values(one: Source, other: Source, where: str) -> bool:
 
 
 def entries_of_model(source: Parameters, dtype: str, of_exits: bool) -> list[Entry]:
-    """The tensors of a file, joined and transposed as their family has them."""
+    """The tensors of a file that the model owns, joined and transposed as their family has them."""
     if dtype not in SAVED_AS:
         raise invalid("dtype is invalid", f"one of {', '.join(SAVED_AS)}", dtype)
     groups: dict[str, list[ParameterRow]] = {}
     for row in source.table:
-        if (row["exit"] >= 0) == of_exits:
+        if (row["exit"] >= 0) == of_exits and row["owned"]:
             groups.setdefault(row["source"], []).append(row)
     return [
         Entry(name, SAVED_AS[dtype], source_shape(rows[0]), partial(_join, source, rows, dtype))
@@ -342,13 +363,17 @@ def write_model(
     source: Parameters,
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    peers: Peers | None = None,
 ) -> None:
-    """Writes config.json, the backbone and the exits into a folder."""
-    write_config(folder, config, dtype)
-    write_backbone(folder, entries_of_model(source, dtype, of_exits=False), max_shard_bytes)
+    """Writes config.json, the backbone and the exits into a folder; with peers each rank its
+    part, and the first one the rest."""
+    peers = peers or Peers()
+    if peers.first:
+        write_config(folder, config, dtype)
+    backbone = entries_of_model(source, dtype, of_exits=False)
+    write_tensors(folder, WEIGHTS, backbone, max_shard_bytes, peers)
     exits = entries_of_model(source, dtype, of_exits=True)
-    if exits:
-        write_safetensors(folder, EXITS, exits, {"format_version": "1"})
+    write_tensors(folder, EXITS, exits, max_shard_bytes, peers, {"format_version": "1"})
 
 
 def write_config(folder: Folder, config: ModelConfig, dtype: str) -> None:
@@ -359,25 +384,41 @@ def write_config(folder: Folder, config: ModelConfig, dtype: str) -> None:
     folder.write(CONFIG, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def write_backbone(folder: Folder, entries: Sequence[Entry], max_shard_bytes: int) -> None:
-    """Writes model.safetensors, or shards with an index where it would be too large."""
+def write_tensors(
+    folder: Folder,
+    name: str,
+    entries: Sequence[Entry],
+    max_shard_bytes: int,
+    peers: Peers,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file of tensors, or shards with an index: where it would be too large, or where
+    several ranks have tensors for it. No tensors make no file."""
     if max_shard_bytes < 1:
         raise invalid("max_shard_bytes is invalid", "a positive number", max_shard_bytes)
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[Entry]] = []
     for each in entries:
-        if shards[-1] and total_bytes(shards[-1]) + each.nbytes > max_shard_bytes:
+        if not shards or total_bytes(shards[-1]) + each.nbytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(each)
-    if len(shards) == 1:
-        write_safetensors(folder, WEIGHTS, shards[0])
+    counts = peers.gather(len(shards))
+    first, total = sum(counts[: peers.rank]), sum(counts)
+    if total == 1:
+        for shard in shards:
+            write_safetensors(folder, name, shard, metadata)
         return
+    stem, ending = name.rsplit(".", 1)
     names = {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder, file, shard)
+        file = f"{stem}-{first + i + 1:05d}-of-{total:05d}.{ending}"
+        write_safetensors(folder, file, shard, metadata)
         names.update({each.name: file for each in shard})
-    index = {"metadata": {"total_size": total_bytes(entries)}, "weight_map": names}
-    folder.write(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    parts = peers.gather({"size": total_bytes(entries), "names": names})
+    if peers.first and total:
+        joined = {key: file for part in parts for key, file in part["names"].items()}
+        size = sum(part["size"] for part in parts)
+        index = {"metadata": {"total_size": size}, "weight_map": joined}
+        folder.write(f"{name}.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def copy_tokenizer(source: Path, folder: Folder) -> None:
@@ -395,16 +436,24 @@ def save_directory(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: Path | None = None,
+    peers: Peers | None = None,
 ) -> None:
     """Writes a model directory; what it held before stays until all is written."""
+    peers = peers or Peers()
     if Path(path).exists() and not Path(path).is_dir():
         raise invalid(f"{path} is a file", "a folder, new or old", Shown("a file"))
     folder = Folder(path, staged=True)
-    try:
-        write_model(folder, config, source, dtype, max_shard_bytes)
-        if tokenizer is not None:
+
+    def write() -> None:
+        write_model(folder, config, source, dtype, max_shard_bytes, peers)
+        if tokenizer is not None and peers.first:
             copy_tokenizer(tokenizer, folder)
-        commit(folder)
+
+    try:
+        peers.together(write)
+        peers.together(folder.commit)
+        written = {name for part in peers.gather(sorted(folder.files)) for name in part}
+        peers.on_first(lambda: _remove_stale(folder.path, written))
     except BaseException:
         folder.abort()
         raise
@@ -413,7 +462,11 @@ def save_directory(
 def commit(folder: Folder) -> None:
     """Gives the files of a staged model directory their names; drops weights of an older one."""
     folder.commit()
-    for path in folder.path.iterdir():
-        stale = path.name in (WEIGHTS, INDEX, EXITS) or _SHARD.fullmatch(path.name)
-        if stale and path.name not in folder.files:
-            path.unlink()
+    _remove_stale(folder.path, set(folder.files))
+
+
+def _remove_stale(path: Path, written: set[str]) -> None:
+    for each in path.iterdir():
+        stale = each.name in (WEIGHTS, INDEX, EXITS, EXITS_INDEX) or _SHARD.fullmatch(each.name)
+        if stale and each.name not in written:
+            each.unlink()

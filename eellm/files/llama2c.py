@@ -13,6 +13,7 @@ from eellm.errors import invalid
 from eellm.files import directory
 from eellm.files.disk import Folder
 from eellm.files.dtypes import SAVED_AS, from_float32
+from eellm.files.peers import Peers
 from eellm.files.safetensors import Entry
 
 _HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -176,7 +177,9 @@ def convert(
     folder = Folder(target, staged=True)
     try:
         directory.write_config(folder, model.config, dtype)
-        directory.write_backbone(folder, entries, directory.MAX_SHARD_BYTES)
+        directory.write_tensors(
+            folder, directory.WEIGHTS, entries, directory.MAX_SHARD_BYTES, Peers()
+        )
         if found is not None and found.is_dir():
             directory.copy_tokenizer(found, folder)
         elif found is not None:

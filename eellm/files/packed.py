@@ -32,12 +32,15 @@ def load_engine(
     progress: bool = True,
     strict: bool = True,
     revision: str | None = None,
+    part: tuple[Any, ...] | None = None,
+    **options: Any,
 ) -> tuple[ModelConfig, "_core.Model", "_core.Engine"]:
     """An engine with the weights of a model directory, or of the Hugging Face hub by name.
 
     dtype: of the packed weights, "float32" or "bfloat16"; None takes bfloat16 where the files have
     it. cache_tokens: positions of the cache over all sequences, 0: as many as they could need. The
-    native model that comes along has no parameters in memory.
+    native model that comes along has no parameters in memory. part: the layers of one rank, as
+    `_core.Model` takes it; no others are read. options: further ones of `_core.Engine`.
     """
     from eellm import _core
 
@@ -46,7 +49,7 @@ def load_engine(
     folder = find_folder(path, revision)
     config = directory.read_config(folder)
     weights = directory.Weights(folder)
-    core = _core.Model(config.to_core(), threads=threads, weights=False)
+    core = _core.Model(config.to_core(), threads=threads, weights=False, part=part)
     sources = directory.find_parameters(core.table, config, weights, strict=strict)
     engine = _core.Engine(
         core,
@@ -55,7 +58,9 @@ def load_engine(
         max_length=max_length,
         positions=cache_tokens,
         empty=True,
+        **options,
     )
+    sources = [each for each in sources if each.row["held"]]
     with _bar(sum(each.nbytes for each in sources), progress) as bar:
         for each in sources:
             values = np.require(each.values(), requirements="A")  # files may pad as they like
@@ -64,9 +69,18 @@ def load_engine(
     return config, core, engine
 
 
-def load_from_model(engine: "_core.Engine", core: "_core.Model", progress: bool = True) -> None:
-    """Packs the parameters of a model in memory into an engine that was made empty."""
-    views = {row["name"]: np.asarray(core.parameter(row["name"])) for row in core.table}
+def load_from_model(
+    engine: "_core.Engine",
+    core: "_core.Model",
+    progress: bool = True,
+    part: "_core.Model | None" = None,
+) -> None:
+    """Packs the parameters of a model in memory into an engine that was made empty.
+
+    part: the model of the engine, where that is one rank's part of it.
+    """
+    names = [row["name"] for row in (part or core).table if row["held"]]
+    views = {name: np.asarray(core.parameter(name)) for name in names}
     with _bar(sum(each.nbytes for each in views.values()), progress) as bar:
         for name, values in views.items():
             engine.load(name, values)

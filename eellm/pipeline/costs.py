@@ -23,6 +23,7 @@ _OF_CHUNKS = (
     "backward_input",
     "backward_weight",
     "kept_bytes",
+    "queued_bytes",
     "transient_bytes",
     "exit_time",
 )
@@ -34,8 +35,9 @@ class Costs:
 
     backward is both parts in one, backward_input and backward_weight those of zero-bubble
     schedules; early exits run in backward and backward_input, forward and all. kept_bytes: what a
-    microbatch keeps from its forward to its last backward; transient_bytes: while a backward runs;
-    static_bytes [ranks]: weights, gradients, moments. message: from the end of an action to the
+    microbatch keeps from its forward to its backward or backward_input, queued_bytes: from there to
+    its backward_weight; transient_bytes: while a backward runs; static_bytes [ranks]: weights,
+    gradients, moments. message: from the end of an action to the
     start of what needs its result on another rank. exit_time: the part of a backward that is the
     early exits', for pictures.
     """
@@ -49,6 +51,7 @@ class Costs:
     kept_bytes: Floats
     transient_bytes: Floats
     static_bytes: Floats
+    queued_bytes: Floats = field(default_factory=lambda: np.zeros(1))
     message: float = 0.0
     exit_time: Floats = field(default_factory=lambda: np.zeros(1))
     layout: Layout | None = None
@@ -59,8 +62,8 @@ class Costs:
         parts = self.ranks * self.chunks
         for name in (*_OF_CHUNKS, "static_bytes"):
             count = self.ranks if name == "static_bytes" else parts
-            object.__setattr__(self, name, _numbers(name, getattr(self, name), count))
-        object.__setattr__(self, "message", float(_numbers("message", self.message, 1)[0]))
+            object.__setattr__(self, name, numbers(name, getattr(self, name), count))
+        object.__setattr__(self, "message", float(numbers("message", self.message, 1)[0]))
 
     def to_core(self) -> dict[str, Any]:
         """The fields of struct ee_walk_costs (csrc/train/walk.h)."""
@@ -93,6 +96,7 @@ class Costs:
         head: tuple[float, float] = (0.0, 0.0),
         embedding: tuple[float, float] = (0.0, 0.0),
         kept_bytes: float = 1.0,
+        queued_bytes: float = 0.0,
         exit_bytes: float = 0.0,
         head_bytes: float = 0.0,
         embedding_bytes: float = 0.0,
@@ -129,6 +133,7 @@ class Costs:
             backward_input=(backward - weight) / chunks + heads,
             backward_weight=weight / chunks + behind,
             kept_bytes=kept_bytes / chunks + first * embedding_bytes,
+            queued_bytes=np.full(parts, queued_bytes / chunks),
             transient_bytes=counts * exit_bytes + last * head_bytes,
             static_bytes=np.full(ranks, float(static_bytes)),
             message=message,
@@ -216,7 +221,7 @@ class Rates:
                 raise invalid(f"{name} is invalid", "a number above 0", value)
 
 
-def _numbers(name: str, values: Any, count: int) -> Floats:
+def numbers(name: str, values: Any, count: int) -> Floats:
     """A read-only array of `count` finite numbers of at least 0."""
     try:
         array = np.array(values, np.float64).reshape(-1)

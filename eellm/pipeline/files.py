@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def _action(text: str, rank: int, index: int) -> tuple[int, int, int, int]:
     return _LETTERS.index(letter), value, int(chunk or 0), int(microbatch)
 
 
-def _lines(schedule: Schedule) -> Iterator[str]:
-    head: dict[str, Any] = {
+def _head(schedule: Schedule) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "name": schedule.name,
         "ranks": schedule.ranks,
@@ -81,8 +81,17 @@ def _lines(schedule: Schedule) -> Iterator[str]:
         "exits": list(schedule.exits),
         "actions": _LEGEND,
     }
+
+
+def as_object(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as values for JSON, with its lists."""
+    lists = [as_text(each, schedule.chunks) for each in schedule.lists]
+    return {**_head(schedule), "lists": lists}
+
+
+def _lines(schedule: Schedule) -> Iterator[str]:
     yield "{\n"
-    for key, value in head.items():
+    for key, value in _head(schedule).items():
         yield f"  {json.dumps(key)}: {json.dumps(value)},\n"
     yield '  "lists": [\n'
     for rank in range(schedule.ranks):
@@ -113,33 +122,45 @@ def load(path: Path) -> Schedule:
 
 def parse(data: bytes, where: str) -> Schedule:
     """The valid schedule in the bytes of a file."""
+    values = decode(data, where, "schedule", "eellm schedule --save")
     try:
-        values = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise invalid(
-            f"{where} is no schedule", "JSON", Shown(error), "write one with eellm schedule --save"
-        ) from None
-    try:
-        return _read(values).validate()
+        return from_object(values).validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _read(values: Any) -> Schedule:
-    advice = "write one with eellm schedule --save"
+def decode(data: bytes, where: str, what: str, command: str) -> Any:
+    """The JSON in the bytes of a file."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise invalid(
+            f"{where} is no {what}", "JSON", Shown(error), f"write one with {command}"
+        ) from None
+
+
+def check_keys(
+    values: Any, keys: Mapping[str, tuple[type, ...]], advice: str, optional: Sequence[str] = ()
+) -> None:
+    """Raises ValueError unless values is an object with these keys of these types."""
     if not isinstance(values, dict):
-        raise invalid("this is no schedule", "an object", Shown(type(values).__name__), advice)
+        raise invalid("this is no such file", "an object", Shown(type(values).__name__), advice)
     for key in values:
-        if key not in _KEYS:
-            raise invalid("unknown key", f"one of {', '.join(_KEYS)}", key)
-    for key, kind in _KEYS.items():
-        if key == "actions" and key not in values:
+        if key not in keys:
+            raise invalid("unknown key", f"one of {', '.join(keys)}", key)
+    names = {int: "an integer", str: "a text", list: "a list", dict: "an object"}
+    for key, kind in keys.items():
+        if key in optional and key not in values:
             continue
         value = values.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            names = {int: "an integer", str: "a text", list: "a list"}
             wanted = names.get(kind[0], "") if len(kind) == 1 else "a number"
             raise invalid(f"{key} is invalid", wanted, value, advice)
+
+
+def from_object(values: Any) -> Schedule:
+    """A schedule from the values of a file; it is not yet validated."""
+    check_keys(values, _KEYS, "write one with eellm schedule --save", ["actions"])
     check_integer("format_version", values["format_version"], 1, FORMAT_VERSION, "update eellm")
     lists = []
     for rank, text in enumerate(values["lists"]):

@@ -151,6 +151,15 @@ class Operations:
             kept += len(exits) * self.rows * self.config.vocab_size * self.rates.logit_bytes[0]
         return kept
 
+    def queued_bytes(self, first: int, last: int, exits: Sequence[int]) -> float:
+        """What a chunk keeps of a microbatch between the two parts of a split backward: the
+        operands of its weight gradients (csrc/model/queue.h)."""
+        c = self.config
+        layer = 5 * c.hidden_size + c.intermediate_size * (3 if c.gated else 2)
+        layer += 2 * self.q_width + self.kv_width
+        heads = len(exits) + (last == c.num_hidden_layers) if self.deferred else 0
+        return float(_FLOAT * self.rows * ((last - first) * layer + heads * c.hidden_size))
+
     def transient_bytes(self, last: int, exits: Sequence[int]) -> float:
         """What the backward of a chunk needs beside that, while it runs."""
         c = self.config
@@ -221,6 +230,7 @@ class Operations:
             backward_input=work[:, 1],
             backward_weight=work[:, 2],
             kept_bytes=np.array([self.kept_bytes(*each) for each in spans]),
+            queued_bytes=np.array([self.queued_bytes(*each) for each in spans]),
             transient_bytes=np.array([self.transient_bytes(b, exits) for _, b, exits in spans]),
             static_bytes=self.parameters(layout) * self.rates.parameter_bytes,
             message=message,

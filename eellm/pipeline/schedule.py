@@ -101,6 +101,11 @@ class Schedule:
         return (self.name, self.ranks, self.chunks, self.microbatches, self.fill[0], depths, flags)
 
     @property
+    def given(self) -> tuple[Actions, ...] | None:
+        """The lists of all ranks that take the place of those of the name, if there are any."""
+        return self._given
+
+    @property
     def custom(self) -> bool:
         """Whether the lists differ from those that the name gives."""
         if self._given is None:

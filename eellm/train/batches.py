@@ -28,15 +28,15 @@ def dataset_of(data: Any, config: TrainConfig, *, shuffle: bool) -> Dataset:
     return PackedDataset(data, config.seq_length, seed=config.seed, shuffle=shuffle)
 
 
-def training_batches(data: Any, config: TrainConfig) -> Batches:
-    """Batches of the run's shape."""
+def training_batches(data: Any, config: TrainConfig, microbatches: int) -> Batches:
+    """Batches of the run's shape, those microbatches included that fill bubbles."""
     from eellm.data import Batches
 
     if isinstance(data, Batches):
-        _check_batches(data, config)
+        _check_batches(data, config, microbatches)
         return data
     dataset = dataset_of(data, config, shuffle=True)
-    return Batches(dataset, config.micro_batch_size, config.microbatches, prefetch=True)
+    return Batches(dataset, config.micro_batch_size, microbatches, prefetch=True)
 
 
 def held_out_batches(data: Any, config: TrainConfig) -> Batches:
@@ -44,7 +44,7 @@ def held_out_batches(data: Any, config: TrainConfig) -> Batches:
     from eellm.data import Batches, validation_batches
 
     if isinstance(data, Batches):
-        _check_batches(data, config)
+        _check_batches(data, config, config.microbatches)
         return data
     dataset = dataset_of(data, config, shuffle=False)
     windows = None
@@ -55,9 +55,9 @@ def held_out_batches(data: Any, config: TrainConfig) -> Batches:
     )
 
 
-def _check_batches(batches: Batches, config: TrainConfig) -> None:
+def _check_batches(batches: Batches, config: TrainConfig, microbatches: int) -> None:
     got = (batches.micro_batch_size, batches.microbatches, batches.dataset.seq_length)
-    wanted = (config.micro_batch_size, config.microbatches, config.seq_length)
+    wanted = (config.micro_batch_size, microbatches, config.seq_length)
     if got != wanted:
         names = "(micro_batch_size, microbatches, seq_length)"
         raise invalid(f"the batches' {names} do not fit", str(wanted), got, "change one of them")

@@ -46,7 +46,6 @@ class TrainConfig:
     dynamic_exit_weights: bool = False
 
     recompute: Literal["none", "attention", "full"] = "none"
-    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
 
     valid_interval: int = 0
     valid_batches: int = 0

@@ -10,6 +10,7 @@ from eellm.errors import Shown, invalid
 
 if TYPE_CHECKING:
     from eellm import _core
+    from eellm.files.peers import Peers
     from eellm.model import Model
 
 # What a run that was killed before its first checkpoint may have left.
@@ -19,8 +20,8 @@ _OURS = {"metrics.jsonl", "metrics.jsonl.tmp", "config.toml", "checkpoints", "te
 class RunFolder:
     """Paths and checkpoints of one run."""
 
-    def __init__(self, path: Path, keep: int):
-        self.path, self._keep = path, keep
+    def __init__(self, path: Path, keep: int, peers: Peers):
+        self.path, self._keep, self.peers = path, keep, peers
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
@@ -28,6 +29,9 @@ class RunFolder:
 
     def open(self, resume: str) -> None:
         """Creates the folder; one that is not empty is taken by resume="auto" alone."""
+        self.peers.on_first(lambda: self._open(resume))
+
+    def _open(self, resume: str) -> None:
         if resume not in ("none", "auto"):
             raise invalid("resume", "none or auto", resume)
         if self.path.exists() and not self.path.is_dir():
@@ -45,7 +49,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole."""
+        """The newest checkpoint that is whole, for the rank that asks."""
         from eellm.files import checkpoint
 
         return checkpoint.latest(self.checkpoints)
@@ -55,14 +59,23 @@ class RunFolder:
         from eellm.files import checkpoint
 
         return checkpoint.save_training(
-            self.checkpoints, step, model.config, model.core, core, state, self._keep
+            self.checkpoints,
+            step,
+            model.config,
+            model.core,
+            core,
+            state,
+            self._keep,
+            peers=self.peers,
         )
 
     def load(self, model: Model, core: _core.Trainer) -> dict[str, Any] | None:
         """Fills model and moments from the last good checkpoint; its state, None without one."""
         from eellm.files import checkpoint
 
-        path = self.last_checkpoint()
-        if path is None:
+        found = self.peers.on_first(lambda: str(self.last_checkpoint() or ""))
+        if not found:
             return None
-        return checkpoint.load_training(path, model.config, model.core, core)
+        return self.peers.together(
+            lambda: checkpoint.load_training(found, model.config, model.core, core)
+        )

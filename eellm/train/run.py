@@ -1,4 +1,4 @@
-"""A training run from settings: the sections [model], [data], [train] and [output]."""
+"""A training run from settings: the sections [model], [data], [train], [parallel], [output]."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eellm.config import ExitConfig, ModelConfig
 from eellm.errors import invalid
+from eellm.parallel import Group, ParallelConfig
 from eellm.settings import as_values, build_sections, check_values, dump_toml, field_types
 from eellm.train.config import TrainConfig
 
@@ -138,6 +139,7 @@ SCHEMA: Mapping[str, type] = {
     "model": ModelSettings,
     "data": DataSettings,
     "train": TrainConfig,
+    "parallel": ParallelConfig,
     "output": OutputSettings,
 }
 
@@ -149,6 +151,7 @@ class RunSettings:
     model: ModelSettings
     data: DataSettings
     train: TrainConfig
+    parallel: ParallelConfig
     output: OutputSettings
 
     @classmethod
@@ -162,8 +165,16 @@ class RunSettings:
         return dump_toml(sections)
 
 
-def make_trainer(settings: RunSettings, resume: Literal["none", "auto"] = "none") -> Trainer:
-    """Loads data and tokenizer, makes or loads the model, and returns the trainer."""
+def make_trainer(
+    settings: RunSettings,
+    resume: Literal["none", "auto"] = "none",
+    fault: tuple[str, int, int, float] | None = None,
+) -> Trainer:
+    """Loads data and tokenizer, makes or loads the model, and returns the trainer.
+
+    In a job of several ranks every rank calls it, and has a trainer of its part of the model.
+    """
+    from eellm import distributed
     from eellm.train.trainer import Trainer
 
     data = settings.data
@@ -174,18 +185,24 @@ def make_trainer(settings: RunSettings, resume: Literal["none", "auto"] = "none"
             "none",
             "make one with `eellm data prepare` and set data.train",
         )
+    group = Group(distributed.world(timeout=settings.parallel.timeout), settings.parallel)
+    group.peers.agree("settings", settings.to_toml())
     tokenizer = _tokenizer(data)
-    model = make_model(settings.model, settings.train.seed, tokenizer)
+    model = make_model(settings.model, settings.train.seed, tokenizer, group)
+    microbatches = group.schedule(model.config, settings.train.microbatches).total
     return Trainer(
         model,
         settings.train,
-        _batches(settings, shuffle=True, tokenizer=tokenizer),
-        valid=_batches(settings, shuffle=False, tokenizer=tokenizer) if data.valid else None,
+        _batches(settings, microbatches, shuffle=True, tokenizer=tokenizer),
+        valid=_batches(settings, settings.train.microbatches, shuffle=False, tokenizer=tokenizer)
+        if data.valid
+        else None,
         output=settings.output.folder,
         resume=resume,
         tokenizer=tokenizer,
         tensorboard=settings.output.tensorboard,
         progress=settings.output.progress,
+        fault=fault,
     )
 
 
@@ -195,21 +212,27 @@ def _tokenizer(data: DataSettings) -> Tokenizer | None:
     return None if data.tokenizer is None else load_tokenizer(data.tokenizer)
 
 
-def make_model(settings: ModelSettings, seed: int, tokenizer: Tokenizer | None) -> Model:
+def make_model(
+    settings: ModelSettings, seed: int, tokenizer: Tokenizer | None, group: Group | None = None
+) -> Model:
     """A new model drawn from the seed, or the pretrained one with its new exits."""
+    from eellm import distributed
     from eellm.model import Model
+
+    threads = settings.threads or (distributed.threads_per_rank() if distributed.is_job() else 0)
 
     if settings.pretrained is None:
         config = settings.config(tokenizer.vocab_size if tokenizer is not None else None)
         if tokenizer is not None:
             config = with_special_tokens(config, tokenizer)
-        return Model.from_config(config, seed=seed, threads=settings.threads)
+        return Model.from_config(config, seed=seed, threads=threads, group=group)
     return Model.from_pretrained(
         settings.pretrained,
         exits=settings.values.get("exits"),
         init=settings.exit_init,
         seed=seed,
-        threads=settings.threads,
+        threads=threads,
+        group=group,
     )
 
 
@@ -226,7 +249,9 @@ def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfi
     return replace(config, **changes) if changes else config
 
 
-def _batches(settings: RunSettings, *, shuffle: bool, tokenizer: Tokenizer | None) -> Batches:
+def _batches(
+    settings: RunSettings, microbatches: int, *, shuffle: bool, tokenizer: Tokenizer | None
+) -> Batches:
     from eellm.data import Batches, Blend, PackedDataset, TokenFile, validation_batches
 
     data, train = settings.data, settings.train
@@ -245,9 +270,7 @@ def _batches(settings: RunSettings, *, shuffle: bool, tokenizer: Tokenizer | Non
     if shuffle:
         weights = data.weights or [float(part.window_count) for part in parts]
         dataset: PackedDataset | Blend = parts[0] if len(parts) == 1 else Blend(parts, weights)
-        return Batches(
-            dataset, train.micro_batch_size, train.microbatches, prefetch=True, **options
-        )
+        return Batches(dataset, train.micro_batch_size, microbatches, prefetch=True, **options)
     dataset = parts[0]
     if len(parts) > 1:
         dataset = Blend(parts, [float(part.window_count) for part in parts])
@@ -255,5 +278,5 @@ def _batches(settings: RunSettings, *, shuffle: bool, tokenizer: Tokenizer | Non
     if train.valid_batches:
         windows = min(train.valid_batches * train.global_batch_size, dataset.window_count)
     return validation_batches(
-        dataset, train.micro_batch_size, train.microbatches, windows=windows, **options
+        dataset, train.micro_batch_size, microbatches, windows=windows, **options
     )

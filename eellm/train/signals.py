@@ -8,11 +8,16 @@ import threading
 from types import FrameType
 from typing import Any
 
+from eellm import distributed
+
 log = logging.getLogger("eellm")
 
 
 class StopSignals:
     """While active, SIGINT and SIGTERM are remembered; a second SIGINT aborts at once.
+
+    In a job of mpirun SIGUSR1 counts as SIGTERM: `eellm launch` sends it first, since mpirun passes
+    it on and leaves the ranks the time that a checkpoint takes.
 
     Outside the main thread nothing is changed, as Python allows handlers there alone.
     """
@@ -23,7 +28,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            asks = [signal.SIGINT, signal.SIGTERM]
+            if distributed.is_job():
+                asks.append(signal.SIGUSR1)
+            for number in asks:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -37,7 +45,7 @@ class StopSignals:
             if self.received == signal.SIGINT:
                 raise KeyboardInterrupt
             log.warning("stopping after this step; press Ctrl-C again to abort at once")
-        self.received = number
+        self.received = signal.SIGTERM if number == signal.SIGUSR1 else number
 
     def leave(self) -> None:
         """Raises what the remembered signal asks for: KeyboardInterrupt or SystemExit(143)."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eellm.errors import invalid
+from eellm.files.peers import Peers
 from eellm.train import rates
 from eellm.train.batches import held_out_batches, training_batches
 from eellm.train.config import TrainConfig
@@ -30,10 +31,15 @@ from eellm.train.metrics import (
 from eellm.train.signals import StopSignals
 
 if TYPE_CHECKING:
+    from eellm import _core
     from eellm.data import Batch, Batches, Dataset, Tokenizer, TokenSource
     from eellm.model import Model
+    from eellm.pipeline import Schedule
 
 log = logging.getLogger("eellm")
+
+# Stands for a call of `stop` where a signal's number would stand.
+_STOPPED = 1000
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
 
@@ -75,6 +81,11 @@ class Trainer:
     is saved with the model. progress: "bar", "log", "none" or "auto" (a bar on a terminal).
     callbacks are called with the trainer and each record of `history`.
 
+    A model that several ranks share (`Model.from_config(..., group=group)`) is trained by all of
+    them together: each makes a trainer of its part with the same settings and the same data, and
+    calls the same methods. The first rank writes metrics and shows progress, and callbacks run
+    there alone. fault: see `_core.Trainer`, for tests.
+
     >>> trainer = eellm.Trainer(model, eellm.TrainConfig(steps=100), tokens, output="run")
     >>> trainer.train()
     """
@@ -92,39 +103,57 @@ class Trainer:
         tensorboard: bool = False,
         progress: ProgressKind = "auto",
         callbacks: Sequence[Callback] = (),
+        fault: tuple[str, int, int, float] | None = None,
     ):
-        from eellm import _core
-
         exits = len(model.config.exits)
         config.check_model(exits, model.config.max_position_embeddings)
         self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.group = model.group
         self.history: list[dict[str, Any]] = []
         self.done = 0
         self._exits = exits
-        self._progress: ProgressKind = progress
-        self._tensorboard = tensorboard
-        self._callbacks = list(callbacks)
+        self._first = self.group is None or self.group.first
+        self._progress: ProgressKind = progress if self._first else "none"
+        self._tensorboard = tensorboard and self._first
+        self._callbacks = list(callbacks) if self._first else []
         self._stopping = False
+        self._signal = 0
         self._skipped = 0
         if tensorboard:
             require_tensorboard()
         self._guard = Guard(config.spike_threshold, config.spike_window)
-        self._batches = training_batches(data, config)
+        self.schedule = make_schedule(model, config)
+        self._batches = training_batches(data, config, self.schedule.total)
         self._valid = None if valid is None else held_out_batches(valid, config)
-        self.folder = None if output is None else RunFolder(Path(output), config.keep_checkpoints)
-        if self.folder is not None:
+        peers = Peers() if self.group is None else self.group.peers
+        peers.agree("training settings", repr(config))
+        self.folder = None
+        if output is not None:
+            self.folder = RunFolder(Path(output), config.keep_checkpoints, peers)
             self.folder.open(resume)
-        self.core = _core.Trainer(
-            model.core,
-            rows=config.micro_batch_size * config.seq_length,
-            microbatches=config.microbatches,
-            recompute=config.recompute,
-            schedule=config.pipeline_schedule,
-            exit_temperature=rates.per_exit(config.exit_temperature, exits),
-            dynamic_weights=config.dynamic_exit_weights,
-        )
+        self.core = self._make_core(fault)
         if self.folder is not None and resume == "auto":
             self._resume(self.folder)
+
+    def _make_core(self, fault: tuple[str, int, int, float] | None) -> _core.Trainer:
+        from eellm import _core
+
+        config, group = self.config, self.group
+        lists = None
+        if self.schedule.custom:
+            lists = [each.view(np.uint64) for each in self.schedule.lists]
+        return _core.Trainer(
+            self.model.core,
+            rows=config.micro_batch_size * config.seq_length,
+            schedule=self.schedule.spec,
+            lists=lists,
+            comm=None if group is None else group.comm,
+            recompute=config.recompute,
+            defer_exits=group is not None and group.config.exit_w == "deferred",
+            exit_temperature=rates.per_exit(config.exit_temperature, self._exits),
+            dynamic_weights=config.dynamic_exit_weights,
+            fault=fault,
+        )
 
     # -- One step ------------------------------------------------------------------------------
 
@@ -148,7 +177,9 @@ class Trainer:
             max_loss=max_loss,
             max_grad_norm=max_norm,
             dropout_seed=config.seed,
+            signal=self._signal,
         )
+        self._signal = int(result["signal"])
         seconds = time.perf_counter() - began
         losses = [float(loss) for loss in result["losses"]]
         norm = float(result["grad_norm"])
@@ -206,7 +237,9 @@ class Trainer:
         action = self.config.on_nonfinite if nonfinite else self.config.on_spike
         if action == "stop" or self._skipped > self.config.max_skipped:
             many = f" after {self._skipped - 1} skipped steps" if self._skipped > 1 else ""
-            last = self.folder.last_checkpoint() if self.folder is not None else None
+            last = None
+            if self.folder is not None and self._first:
+                last = self.folder.last_checkpoint()
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             text = f"step {step}: {what} is bad{many} (expected {expected}, got {got:.6g}); "
             text += f"{good}: lower learning_rate, look at the data, or set on_{kind} = skip"
@@ -225,12 +258,14 @@ class Trainer:
         """Trains to the last step and returns the history.
 
         SIGTERM saves a checkpoint and exits with status 143; Ctrl-C saves one and raises
-        KeyboardInterrupt, pressed twice it aborts at once.
+        KeyboardInterrupt, pressed twice it aborts at once. On several ranks a signal to one of them
+        stops all after the step that follows.
         """
         config = self.config
         self._stopping = False
+        self._signal = 0
         metrics = tensorboard = None
-        if self.folder is not None:
+        if self.folder is not None and self._first:
             metrics = MetricsFile(self.folder.metrics, self.done)
             if self._tensorboard:
                 tensorboard = TensorBoard(self.folder.tensorboard)
@@ -247,7 +282,7 @@ class Trainer:
 
         try:
             with StopSignals() as signals:
-                while self.done < config.steps and not self._stopping and not signals.received:
+                while self.done < config.steps and not self._asked_to_stop(signals):
                     record = self.step()
                     if share is not None:
                         record["matrix_share"] = share / record["seconds"]
@@ -268,8 +303,20 @@ class Trainer:
         return self.history
 
     def stop(self) -> None:
-        """Ends `train` after the present step; for callbacks."""
+        """Ends `train` after the present step, or with several ranks after the next; for
+        callbacks."""
         self._stopping = True
+
+    def _asked_to_stop(self, signals: StopSignals) -> bool:
+        """Whether all ranks stop here; what this rank alone has been asked goes into the step."""
+        asked = signals.received or (_STOPPED if self._stopping else 0)
+        if self.group is None or self.group.size == 1:
+            return bool(asked)
+        if self._signal:  # the last step brought it to all ranks
+            signals.received = self._signal if self._signal != _STOPPED else signals.received
+            return True
+        self._signal = asked
+        return False
 
     def _share(self) -> float:
         """Seconds that a step's matrix products would take at the machine's full rate."""
@@ -350,10 +397,11 @@ class Trainer:
         assert self.folder is not None
         path = self.save_checkpoint()
         if stopped:
-            log.warning("stopped at step %d; saved %s", self.done, path)
+            if self._first:
+                log.warning("stopped at step %d; saved %s", self.done, path)
             return
         self.model.save_pretrained(self.folder.model)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self._first:
             self.tokenizer.save(self.folder.model)
 
     def _resume(self, folder: RunFolder) -> None:
@@ -371,9 +419,20 @@ class Trainer:
             for key, value in now.items()
             if before.get(key) != value
         ]
+        if not self._first:
+            return
         if changed:
             log.warning("resuming with changed settings: %s", ", ".join(changed))
         log.info("resuming after step %d of %d", self.done, self.config.steps)
+
+
+def make_schedule(model: Model, config: TrainConfig) -> Schedule:
+    """The schedule of the model's ranks; one rank alone takes microbatches one by one."""
+    from eellm.pipeline import Schedule
+
+    if model.group is None:
+        return Schedule("1f1b", 1, config.microbatches)
+    return model.group.schedule(model.config, config.microbatches)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -1,6 +1,7 @@
 /* csrc/comm: the communicator of one rank, argument checks, the process grid. */
 #include "comm/comm.h"
 #include "comm/grid.h"
+#include "comm/host.h"
 #include "ee_test.h"
 
 static const struct ee_action none = {NULL, -1};
@@ -31,7 +32,7 @@ static void test_exchange(void) {
     struct ee_message sends[] = {message(EE_SEND, 1, &in[0], 1), message(EE_SEND, 1, &in[1], 1)};
     struct ee_message receives[] = {message(EE_RECEIVE, 1, &out[0], 1),
                                     message(EE_RECEIVE, 1, &out[1], 1)};
-    ee_request first, second, third;
+    ee_comm_request first, second, third;
     EE_EXPECT_OK(ee_comm_start(comm, &first, &sends[0], 1));
     EE_EXPECT_OK(ee_comm_start(comm, &second, &sends[1], 1));
     EE_EXPECT_OK(ee_comm_start(comm, &third, receives, 2));
@@ -56,7 +57,7 @@ static void test_exchange_errors(void) {
     struct ee_comm *comm;
     EE_EXPECT_OK(ee_comm_self(&comm));
     int64_t word = 0;
-    ee_request request;
+    ee_comm_request request;
     struct ee_message bad[] = {message(EE_SEND, 1, &word, 8), message(EE_SEND, -2, &word, 8),
                                message(EE_SEND, 1, NULL, 8),
                                message((enum ee_direction)7, 1, &word, 8)};
@@ -155,7 +156,7 @@ static void test_split_and_abort(void) {
     int32_t word = 1;
     struct ee_message send = message(EE_SEND, 1, &word, 4);
     struct ee_message receive = message(EE_RECEIVE, 1, &word, 4);
-    ee_request request;
+    ee_comm_request request;
     EE_EXPECT_OK(ee_comm_start(comm, &request, &send, 1));
     EE_EXPECT_STATUS(ee_comm_exchange(part, &receive, 1), EE_ERR_COMM, "no matching send");
 
@@ -176,7 +177,9 @@ static void test_check(void) {
     EE_EXPECT_OK(ee_comm_self(&comm));
     struct ee_comm other = *comm;
     other.abi++;
-    EE_EXPECT_STATUS(ee_comm_check(&other), EE_ERR_UNSUPPORTED, "the transport self has version 2");
+    char version[64];
+    snprintf(version, sizeof version, "the transport self has version %d", EE_COMM_ABI + 1);
+    EE_EXPECT_STATUS(ee_comm_check(&other), EE_ERR_UNSUPPORTED, version);
     other = *comm;
     other.struct_size--;
     EE_EXPECT_STATUS(ee_comm_check(&other), EE_ERR_UNSUPPORTED, "build it again");
@@ -197,6 +200,20 @@ static void test_check(void) {
     EE_EXPECT(strcmp(ee_action_describe(text, sizeof text, -1, action), "gradient norm") == 0);
     ee_action_describe(text, 5, 3, action);
     EE_EXPECT(strcmp(text, "tag ") == 0);
+}
+
+static void test_host(void) {
+    struct ee_host host = *ee_host();
+    EE_EXPECT_OK(ee_host_check(&host));
+    host.abi += 5;
+    EE_EXPECT_STATUS(ee_host_check(&host), EE_ERR_UNSUPPORTED, "version 6 to transports");
+    host = *ee_host();
+    host.struct_size++;
+    EE_EXPECT_STATUS(ee_host_check(&host), EE_ERR_UNSUPPORTED, "build both again");
+    EE_EXPECT(strcmp(host.last_error(), ee_last_error()) == 0);
+    void *memory;
+    EE_EXPECT_OK(host.alloc(&memory, 8, "a test"));
+    host.free(memory);
 }
 
 static void test_grid_places(void) {
@@ -294,4 +311,4 @@ static void test_allocations(void) {
 }
 
 EE_TEST_MAIN(test_exchange, test_exchange_errors, test_collectives, test_split_and_abort,
-             test_check, test_grid_places, test_grid, test_allocations)
+             test_check, test_host, test_grid_places, test_grid, test_allocations)

@@ -86,8 +86,10 @@ static struct ee_step_settings settings(void) {
 
 static struct ee_trainer_config trainer_config(enum ee_recompute recompute) {
     struct ee_trainer_config t = {.rows = ROWS,
-                                  .microbatches = MICROBATCHES,
-                                  .schedule = EE_SCHEDULE_1F1B,
+                                  .schedule = {.kind = EE_SCHEDULE_1F1B,
+                                               .ranks = 1,
+                                               .chunks = 1,
+                                               .microbatches = MICROBATCHES},
                                   .recompute = recompute,
                                   .dynamic_weights = true};
     for (int e = 0; e < EE_MAX_EXITS; e++)
@@ -100,7 +102,8 @@ static void train(struct ee_config config, enum ee_isa isa, int threads,
     struct ee_model *model;
     struct ee_trainer *trainer;
     struct ee_trainer_config t = trainer_config(recompute);
-    if (!EE_EXPECT_OK(ee_model_create(&model, &config, isa, threads, true)))
+    if (!EE_EXPECT_OK(ee_model_create(&model, &config,
+                                      &(struct ee_model_options){.isa = isa, .threads = threads})))
         return;
     EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
     EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
@@ -121,9 +124,10 @@ static void train(struct ee_config config, enum ee_isa isa, int threads,
     /* A bad token in the second microbatch: an error, and no trace of the first. */
     d.token[ROWS + 3] = VOCAB;
     EE_EXPECT_STATUS(ee_trainer_step(trainer, &input, &s, &last), EE_ERR_INVALID, "19");
-    double sum;
-    EE_EXPECT_OK(ee_optim_sum_squares(model, trainer->gradient, &sum));
-    EE_EXPECT(sum == 0 && trainer->steps == 10);
+    EE_EXPECT_OK(ee_optim_sum_squares(model, trainer->gradient, trainer->sums));
+    for (int32_t i = 0; i < model->params->count; i++)
+        EE_EXPECT(trainer->sums[i] == 0);
+    EE_EXPECT(trainer->steps == 10);
     ee_trainer_destroy(trainer);
     ee_model_destroy(model);
 }
@@ -142,7 +146,8 @@ static void test_limits(void) {
     struct ee_model *model;
     struct ee_trainer *trainer;
     struct ee_trainer_config t = trainer_config(EE_RECOMPUTE_NONE);
-    EE_EXPECT_OK(ee_model_create(&model, &config, EE_ISA_PLAIN, 1, true));
+    EE_EXPECT_OK(ee_model_create(&model, &config,
+                                 &(struct ee_model_options){.isa = EE_ISA_PLAIN, .threads = 1}));
     EE_EXPECT_OK(ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1));
     EE_EXPECT_OK(ee_trainer_create(&trainer, model, &t));
     struct data d;
@@ -183,8 +188,13 @@ static double walk_time(struct ee_schedule_spec spec, double f, double b, double
         costs[2][i] = b;
         costs[3][i] = w;
     }
-    struct ee_walk_costs all = {costs[0], costs[1], costs[2], costs[3],
-                                costs[4], costs[5], costs[6], 0};
+    struct ee_walk_costs all = {.forward = costs[0],
+                                .backward = costs[1],
+                                .backward_input = costs[2],
+                                .backward_weight = costs[3],
+                                .kept_bytes = costs[4],
+                                .transient_bytes = costs[5],
+                                .static_bytes = costs[6]};
     EE_EXPECT_OK(ee_schedule_check(&spec));
     struct ee_lists lists = ee_lists_of_spec(&spec, iterators);
     EE_EXPECT_OK(ee_walk(&lists, &all, result, NULL, NULL));
@@ -269,7 +279,8 @@ static void test_bad_schedules(void) {
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct two_lists two = cases[i].lists;
-        struct ee_lists lists = {2, 1, 2, 0, 0, next_of_two, &two};
+        struct ee_lists lists = {
+            .ranks = 2, .chunks = 1, .microbatches = 2, .next = next_of_two, .arg = &two};
         struct ee_rank_result result[2];
         if (cases[i].text)
             EE_EXPECT_STATUS(ee_walk(&lists, NULL, result, NULL, NULL), EE_ERR_INVALID,
@@ -283,23 +294,34 @@ static void test_bad_schedules(void) {
 #undef B1
 }
 
-/* A microbatch keeps its slot until its last backward, and nobody else has it then. */
+/* A microbatch keeps its slot from its forward to the backward of its input, and a queue from there
+ * to the backward of its weights; nobody else has them then. */
 static void test_slots(void) {
     struct ee_schedule_spec spec = {
         .kind = EE_SCHEDULE_ZERO_BUBBLE, .ranks = 4, .chunks = 1, .microbatches = 6};
     for (int32_t rank = 0; rank < 4; rank++) {
         struct ee_list *list;
         EE_EXPECT_OK(ee_list_create(&list, &spec, rank));
-        int32_t holder[16];
-        memset(holder, -1, sizeof holder);
+        int32_t slots[16], queues[16];
+        memset(slots, -1, sizeof slots);
+        memset(queues, -1, sizeof queues);
         for (int64_t i = 0; i < list->count; i++) {
             const struct ee_step_action *a = &list->actions[i];
-            int32_t *held = &holder[list->slots[i]];
-            EE_EXPECT(list->slots[i] >= 0 && list->slots[i] < list->slot_counts[0]);
-            EE_EXPECT(*held == (a->kind == EE_STEP_FORWARD ? -1 : a->microbatch));
-            *held = a->kind == EE_STEP_BACKWARD_WEIGHT ? -1 : a->microbatch;
+            if (a->kind != EE_STEP_BACKWARD_WEIGHT) {
+                int32_t *held = &slots[list->slots[i]];
+                EE_EXPECT(list->slots[i] >= 0 && list->slots[i] < list->slot_counts[0]);
+                EE_EXPECT(*held == (a->kind == EE_STEP_FORWARD ? -1 : a->microbatch));
+                *held = a->kind == EE_STEP_FORWARD ? a->microbatch : -1;
+            }
+            if (a->kind != EE_STEP_FORWARD) {
+                int32_t *held = &queues[list->queues[i]];
+                EE_EXPECT(list->queues[i] >= 0 && list->queues[i] < list->queue_counts[0]);
+                EE_EXPECT(*held == (a->kind == EE_STEP_BACKWARD_INPUT ? -1 : a->microbatch));
+                *held = a->kind == EE_STEP_BACKWARD_INPUT ? a->microbatch : -1;
+            }
         }
-        EE_EXPECT(list->slot_counts[0] <= 4);
+        EE_EXPECT(list->slot_counts[0] <= 4 - rank);
+        EE_EXPECT(list->queue_counts[0] <= rank + 1);
         ee_list_destroy(list);
     }
 }
@@ -314,7 +336,10 @@ static enum ee_status make_all(void) {
     struct ee_step_settings s = settings();
     struct ee_step_result result;
     enum ee_status status;
-    EE_GOTO(status, ee_model_create(&model, &config, ee_isa_best(), 2, true), done);
+    EE_GOTO(status,
+            ee_model_create(&model, &config,
+                            &(struct ee_model_options){.isa = ee_isa_best(), .threads = 2}),
+            done);
     EE_GOTO(status, ee_params_init(model->ctx, model->params, model->weights, 0.3f, 1), done);
     EE_GOTO(status, ee_trainer_create(&trainer, model, &t), done);
     EE_GOTO(status, ee_trainer_step(trainer, &input, &s, &result), done);

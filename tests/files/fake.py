@@ -20,6 +20,8 @@ class FakeModel:
 def filled(row):
     usual = {
         "offset": 0,
+        "held": True,
+        "owned": True,
         "decay": True,
         "frozen": False,
         "tied": False,

@@ -239,7 +239,7 @@ def test_a_process_that_dies_anywhere_leaves_a_whole_checkpoint(memory_path, mon
 def test_the_fault_test_sees_a_missing_precaution(memory_path, monkeypatch):
     """Negative control: a checkpoint written in place is found broken."""
 
-    def in_place(root, step, write, keep=0):
+    def in_place(root, step, write, keep=0, peers=None):
         folder = checkpoint.Folder(Path(root) / f"step-{step:08d}", hashed=True)
         write(folder)
         checkpoint._write_manifest(folder, step)

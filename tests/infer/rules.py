@@ -116,9 +116,11 @@ class Decoder:
         self.thresholds = given * self.final if len(given) == 1 else given
         self.cap, self.all_confidences = max_deferred, all_confidences
         self.replay = [int(each) for each in replay]
-        self.full_depth = full_depth and engine in ("deferred", "recompute")
+        self.full_depth = full_depth and engine in ("deferred", "recompute", "pipeline")
         if engine == "full":
             self.thresholds, self.replay, self.cap = [np.float32(1)] * self.final, [], 0
+        if engine == "pipeline":
+            self.cap = 0
         self.limit = min(max_length + 1, self.prompt_count + max_new_tokens)
         self.min_count = self.prompt_count + min_new_tokens
         self.stops, self.forced = set(stop_tokens), [int(token) for token in forced]
@@ -198,7 +200,7 @@ class Decoder:
         for i in range(max(rows - 1, 0) // PROMPT_ROWS * PROMPT_ROWS, rows):
             self.half_layers -= self.depths[i] - depth
 
-    # -- full, deferred, recompute --
+    # -- full, deferred, recompute, pipeline --
 
     def _decide(self):
         shape, position = self.shape, len(self.text)

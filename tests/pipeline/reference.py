@@ -150,7 +150,7 @@ def slots(actions):
     for kind, flags, _, _ in actions:
         held += bool(flags & KEEPS)
         most = max(most, held)
-        held -= kind in (BACKWARD, BACKWARD_WEIGHT)
+        held -= kind in (BACKWARD, BACKWARD_INPUT)
     return most
 
 

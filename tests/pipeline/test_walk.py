@@ -29,7 +29,8 @@ def random_costs(schedule, seed):
     random = np.random.default_rng(seed)
     parts = schedule.ranks * schedule.chunks
     names = (
-        "forward", "backward", "backward_input", "backward_weight", "kept_bytes", "transient_bytes"
+        "forward", "backward", "backward_input", "backward_weight", "kept_bytes", "queued_bytes",
+        "transient_bytes",
     )  # fmt: skip
     values = {name: random.random(parts) for name in names}
     return Costs(
@@ -46,12 +47,15 @@ def peak(actions, costs, rank, ranks):
     held = most = costs.static_bytes[rank]
     for kind, flags, chunk, _ in actions:
         kept = costs.kept_bytes[chunk * ranks + rank]
+        queued = costs.queued_bytes[chunk * ranks + rank]
         held += kept * bool(flags & reference.KEEPS)
+        held += queued * (kind == reference.BACKWARD_INPUT)
         transient = costs.transient_bytes[chunk * ranks + rank] if kind else 0.0
         if kind == reference.FORWARD and not flags & reference.KEEPS:
             transient = kept
         most = max(most, held + transient)
-        held -= kept * (kind in (reference.BACKWARD, reference.BACKWARD_WEIGHT))
+        held -= kept * (kind in (reference.BACKWARD, reference.BACKWARD_INPUT))
+        held -= queued * (kind == reference.BACKWARD_WEIGHT)
     return most
 
 

@@ -198,6 +198,8 @@ def every_use(kind):
         "step": tuple(data.values()),
         "evaluate": tuple(array for name, array in data.items() if name != "row_ids"),
         "zero_gradients": (),
+        "record": (8,),
+        "recorded": (),
     }
     keywords = {"step": {"exit_weights": [1, 1], "learning_rate": 0}}
     for name in dir(kind):

@@ -143,7 +143,7 @@ def test_signatures_are_what_the_functions_take():
     with pytest.raises(TypeError, match="must be a NumPy array"):
         trainer.evaluate(**dict.fromkeys(arrays))
     names = [each[0] for each in module_parameters(trainer.step)]
-    scalars = dict.fromkeys(names[7:], 0.5) | {"dropout_seed": 1, "update": True}
+    scalars = dict.fromkeys(names[7:], 0.5) | {"dropout_seed": 1, "update": True, "signal": 0}
     with pytest.raises(TypeError, match="tokens must be a NumPy array"):
         trainer.step(**dict.fromkeys(names[:6]), exit_weights=[], **scalars)
     del scalars["clip"]
@@ -188,7 +188,15 @@ def test_rows_of_the_table_have_the_keys_of_the_stub():
 def test_results_have_the_keys_of_the_stub():
     _, trainer = make()
     step = run_step(trainer)
-    assert set(step) == {"losses", "confidence", "tokens", "grad_norm", "finite", "updated"}
+    assert set(step) == {
+        "losses",
+        "confidence",
+        "tokens",
+        "grad_norm",
+        "finite",
+        "updated",
+        "signal",
+    }
     data = batch(CONFIG)
     del data["row_ids"]
     result = trainer.evaluate(**data)

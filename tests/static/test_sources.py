@@ -128,7 +128,7 @@ ENDING = {"exit", "_exit", "_Exit", "quick_exit", "abort", "assert"}
 ALLOCATING = {"malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign", "free", "strdup"}
 CALL_RULES = [
     (PRINTING, {"csrc/base/log.c", "csrc/base/status.c"}),
-    (ENDING, {"csrc/base/status.c"}),
+    (ENDING, {"csrc/base/status.c", "csrc/mpi/job.c"}),
     (ALLOCATING, {"csrc/base/alloc.c"}),
 ]
 
