@@ -437,6 +437,36 @@ struct ee_lists ee_lists_of_given(const struct ee_schedule_spec *spec,
                              .arg = given};
 }
 
+/* A walk with so many buffers, 0 for no limit. */
+static enum ee_status walk_with(const struct ee_schedule_spec *spec, struct ee_given_list *given,
+                                struct ee_schedule_iterator *iterators,
+                                struct ee_rank_result *result, int32_t buffers) {
+    struct ee_lists lists =
+        given ? ee_lists_of_given(spec, given) : ee_lists_of_spec(spec, iterators);
+    lists.buffers = buffers;
+    return ee_walk(&lists, NULL, result, NULL, NULL);
+}
+
+static enum ee_status find_buffers(const struct ee_schedule_spec *spec, struct ee_given_list *given,
+                                   struct ee_schedule_iterator *iterators,
+                                   struct ee_rank_result *result, int32_t *buffers) {
+    int32_t most = spec->chunks * (spec->microbatches + spec->fill1 + spec->fill2);
+    enum ee_status status = EE_OK;
+    for (*buffers = 2;; *buffers *= 2) {
+        status = walk_with(spec, given, iterators, result, *buffers);
+        if (status != EE_ERR_INVALID || *buffers >= most)
+            break;
+    }
+    if (status != EE_ERR_INVALID)
+        return status;
+    EE_TRY(walk_with(spec, given, iterators, result, 0));
+    EE_FAIL(EE_ERR_UNSUPPORTED,
+            "the lists are valid, but a rank would have more than %d outputs on their way at a "
+            "time, or more than one whose activations it does not keep; let the next rank receive "
+            "them earlier",
+            EE_WALK_FORWARDS);
+}
+
 enum ee_status ee_walk_buffers(const struct ee_schedule_spec *spec, struct ee_given_list *given,
                                int32_t *buffers) {
     size_t ranks = (size_t)spec->ranks;
@@ -444,15 +474,7 @@ enum ee_status ee_walk_buffers(const struct ee_schedule_spec *spec, struct ee_gi
     EE_TRY(ee_alloc(&iterators, ranks * sizeof(struct ee_schedule_iterator), "a schedule"));
     enum ee_status status = ee_alloc(&result, ranks * sizeof(struct ee_rank_result), "a schedule");
     if (status == EE_OK) {
-        int32_t most = spec->chunks * (spec->microbatches + spec->fill1 + spec->fill2);
-        for (*buffers = 2;; *buffers *= 2) {
-            struct ee_lists lists =
-                given ? ee_lists_of_given(spec, given) : ee_lists_of_spec(spec, iterators);
-            lists.buffers = *buffers;
-            status = ee_walk(&lists, NULL, result, NULL, NULL);
-            if (status == EE_OK || status == EE_ERR_NOMEM || *buffers >= most)
-                break;
-        }
+        status = find_buffers(spec, given, iterators, result, buffers);
         ee_free(result);
     }
     ee_free(iterators);

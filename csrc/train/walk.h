@@ -72,7 +72,8 @@ struct ee_given_list {
 struct ee_lists ee_lists_of_given(const struct ee_schedule_spec *spec, struct ee_given_list *given);
 
 /* The least number of buffers, at least 2, with which lists that ee_walk accepts cannot come to a
- * stop. given: NULL for those of the spec. EE_ERR_INVALID where there is none. */
+ * stop. given: NULL for those of the spec. EE_ERR_UNSUPPORTED where the limits of forwards are too
+ * narrow for them. */
 EE_WARN_UNUSED enum ee_status ee_walk_buffers(const struct ee_schedule_spec *spec,
                                               struct ee_given_list *given, int32_t *buffers);
 

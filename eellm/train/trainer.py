@@ -132,6 +132,8 @@ class Trainer:
             self.folder = RunFolder(Path(output), config.keep_checkpoints, peers)
             self.folder.open(resume)
         self.core = self._make_core(fault)
+        self._ranks = peers.size
+        self._flops = sum(peers.gather(float(self.core.flops)))
         if self.folder is not None and resume == "auto":
             self._resume(self.folder)
 
@@ -276,7 +278,8 @@ class Trainer:
             for writer in (metrics, tensorboard):
                 if writer is not None:
                     writer.write(record)
-            display.show(record)
+            if self._first:
+                display.show(record)
             for callback in self._callbacks:
                 callback(self, record)
 
@@ -319,9 +322,9 @@ class Trainer:
         return False
 
     def _share(self) -> float:
-        """Seconds that a step's matrix products would take at the machine's full rate."""
+        """Seconds that a step's matrix products would take at the full rate of all ranks."""
         core = self.model.core
-        return self.core.flops / matrix_rate(core.threads, core.isa)
+        return self._flops / self._ranks / matrix_rate(core.threads, core.isa)
 
     # -- Validation ----------------------------------------------------------------------------
 

@@ -73,6 +73,26 @@ def test_every_setting_has_an_option(trained):
         assert all(own == full for own, full, place in pairs if place == 1)
 
 
+def test_ranks_write_the_same_text(trained):
+    """The layers spread over threads: also the model's exits and a stop string are the same."""
+    arguments = ("generate", trained, "--prompt", "def f", "--json", "--threshold", 0.05, *SHORT)
+    alone = json.loads(eellm(*arguments).stdout)
+    spread = json.loads(eellm(*arguments, "--engine", "pipeline", "--ranks", 2).stdout)
+    uneven = json.loads(
+        eellm(*arguments, "--engine", "pipeline", "--ranks", 2, "--split", "1,1").stdout
+    )
+    for name in ("tokens", "exits", "confidences", "logprobs", "text"):
+        assert spread[name] == uneven[name] == alone[name]
+    for options, match in (
+        (("--ranks", 2), "runs on one rank"),
+        (("--engine", "pipeline", "--ranks", 3), "at most the model's 2 layers"),
+        (("--engine", "pipeline", "--ranks", 2, "--split", "2"), "split is invalid"),
+        (("--engine", "pipeline", "--ranks", 2, "--split", "a"), "--split"),
+    ):
+        result = eellm(*arguments, *options)
+        assert match in error_line(result, 2)
+
+
 def test_help_teaches(trained):
     text = eellm("generate", "--help").stdout
     for word in ("speculative", "examples:", "--stop $'\\n\\n'", "0.6,0.8", "--min-p"):
