@@ -440,13 +440,16 @@ def schedule_walk(
     costs: Mapping[str, Any] | None,
     lists: Sequence[npt.NDArray[np.uint64]] | None,
     trace: bool,
+    grid: npt.NDArray[np.float64] | None = None,
+    time: float = 0.0,
     /,
 ) -> dict[str, Any]:
     """Proves the lists of a spec, or `lists` in their place, and says what they take.
 
     costs: float64 [P chunks] forward, backward, backward_input, backward_weight, kept_bytes,
     queued_bytes, transient_bytes; static_bytes [P]; message. Returns start, end, busy, peak_bytes,
-    slots, actions [P], and with trace the times [sum of actions, 2], rank by rank, else None."""
+    slots, actions [P], and with trace the times [sum of actions, 2], rank by rank, else None. grid
+    [rows, buckets] += the busy time of neighbouring ranks in equal parts of `time`."""
 
 def alloc_stats() -> tuple[int, int, int]:
     """(allocations since start, live allocations, live bytes)"""

@@ -135,7 +135,7 @@ static PyMethodDef methods[] = {
     {"schedule_fill", schedule_fill, METH_VARARGS,
      "schedule_fill($module, ranks, ratio, count, /)\n--\n\nWhat fits the bubbles of 1F1B."},
     {"schedule_walk", schedule_walk, METH_VARARGS,
-     "schedule_walk($module, spec, costs, lists, trace, /)\n--\n\n"
+     "schedule_walk($module, spec, costs, lists, trace, grid=None, time=0.0, /)\n--\n\n"
      "Proves lists, and says what they take."},
     {"comm_self", comm_self, METH_NOARGS,
      "comm_self($module, /)\n--\n\nThe communicator of one rank."},

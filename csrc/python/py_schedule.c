@@ -114,6 +114,27 @@ static void record_times(void *arg, int32_t rank, const struct ee_step_action *a
     pair[1] = end;
 }
 
+/* Busy time of neighbouring ranks in equal parts of a step: what pictures show where there are too
+ * many actions to keep their times. */
+struct grid {
+    double *values; /* [rows, buckets] += */
+    int64_t rows, buckets, ranks;
+    double width; /* of a bucket, in time */
+};
+
+static void record_busy(void *arg, int32_t rank, const struct ee_step_action *action, double start,
+                        double end) {
+    (void)action;
+    const struct grid *grid = arg;
+    double *row = grid->values + (int64_t)rank * grid->rows / grid->ranks * grid->buckets;
+    for (int64_t b = (int64_t)(start / grid->width); b < grid->buckets; b++) {
+        double low = (double)b * grid->width, high = low + grid->width;
+        if (low >= end)
+            return;
+        row[b] += (end < high ? end : high) - (start > low ? start : low);
+    }
+}
+
 #define COSTS 8
 static const char *const cost_names[COSTS] = {"forward",         "backward",    "backward_input",
                                               "backward_weight", "kept_bytes",  "queued_bytes",
@@ -238,7 +259,7 @@ static PyObject *make_times(struct walk_call *call, bool given) {
 }
 
 static PyObject *run_walk(struct module_state *state, struct walk_call *call, PyObject *mapping,
-                          PyObject *lists, bool trace) {
+                          PyObject *lists, bool trace, struct grid *grid) {
     struct ee_walk_costs costs;
     bool priced = mapping != Py_None, given = lists != Py_None;
     if ((priced && !read_costs(mapping, &call->spec, &costs)) ||
@@ -250,25 +271,47 @@ static PyObject *run_walk(struct module_state *state, struct walk_call *call, Py
     if (!times)
         return NULL;
     enum ee_status status;
-    RUN_WITHOUT_GIL(status, ee_walk(&call->lists, priced ? &costs : NULL, call->result,
-                                    trace ? record_times : NULL, &call->times));
+    ee_walk_record *record = grid->values ? record_busy : trace ? record_times : NULL;
+    void *arg = grid->values ? (void *)grid : &call->times;
+    RUN_WITHOUT_GIL(status,
+                    ee_walk(&call->lists, priced ? &costs : NULL, call->result, record, arg));
     PyObject *result = status == EE_OK ? results(call->result, call->spec.ranks, times) : NULL;
     Py_DECREF(times);
     return status == EE_OK ? result : raise_status(state, status);
 }
 
+static bool read_grid(PyObject *object, double time, const struct ee_schedule_spec *spec,
+                      struct grid *grid) {
+    Py_ssize_t shape[] = {-1, -1};
+    void *data;
+    if (!object || object == Py_None)
+        return true;
+    if (!array_out(object, "grid", ARRAY_F64, 2, shape, &data))
+        return false;
+    if (shape[0] < 1 || shape[0] > spec->ranks || shape[1] < 1 || !(time > 0)) {
+        PyErr_Format(PyExc_ValueError,
+                     "a grid has 1 to %d rows, buckets, and the time of a step, got %zd x %zd",
+                     spec->ranks, shape[0], shape[1]);
+        return false;
+    }
+    *grid = (struct grid){data, shape[0], shape[1], spec->ranks, time / (double)shape[1]};
+    return true;
+}
+
 PyObject *schedule_walk(PyObject *module, PyObject *args) {
     struct walk_call call = {0};
-    PyObject *tuple, *costs, *lists;
+    PyObject *tuple, *costs, *lists, *array = NULL;
+    struct grid grid = {0};
     int trace;
+    double time = 0;
     enum ee_status status;
-    if (!PyArg_ParseTuple(args, "OOOp", &tuple, &costs, &lists, &trace))
+    if (!PyArg_ParseTuple(args, "OOOp|Od", &tuple, &costs, &lists, &trace, &array, &time))
         return NULL;
     if (!schedule_in(tuple, &call.spec, &status))
         return status == EE_OK ? NULL : raise_status(module_state(module), status);
     PyObject *result = NULL;
-    if (allocate_call(&call))
-        result = run_walk(module_state(module), &call, costs, lists, trace);
+    if (read_grid(array, time, &call.spec, &grid) && allocate_call(&call))
+        result = run_walk(module_state(module), &call, costs, lists, trace, &grid);
     free_call(&call);
     return result;
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eellm.errors import Shown, invalid
 from eellm.pipeline.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from eellm.pipeline.simulation import Simulation
-from eellm.pipeline.table import grid, is_large
+from eellm.pipeline.table import is_large
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def _draw_shares(drawn: Figure, axes: Axes, simulation: Simulation) -> None:
 
     ranks = simulation.schedule.ranks
     image = axes.imshow(
-        grid(simulation, _ROWS, _BUCKETS),
+        simulation.grid(_ROWS, _BUCKETS),
         aspect="auto",
         cmap=LinearSegmentedColormap.from_list("busy", ["#ffffff", "#0072B2"]),
         vmin=0,

@@ -146,13 +146,15 @@ class Schedule:
         costs.check_fits(self)
         return Simulation(self, costs, self.walk(costs, False))
 
-    def walk(self, costs: Costs | None, trace: bool) -> dict[str, Any]:
-        """The walk of the core through all lists (csrc/train/walk.h)."""
+    def walk(
+        self, costs: Costs | None, trace: bool, grid: Any = None, time: float = 0.0
+    ) -> dict[str, Any]:
+        """The walk of the core through all lists (csrc/train/walk.h, `_core.schedule_walk`)."""
         given = None
         if self._given is not None:
             given = [each.view(np.uint64) for each in self._given]
         prices = None if costs is None else costs.to_core()
-        return _core.schedule_walk(self.spec, prices, given, trace)
+        return _core.schedule_walk(self.spec, prices, given, trace, grid, time)
 
     def save(self, path: str | Path) -> None:
         """Writes the lists as JSON, a line for each rank."""

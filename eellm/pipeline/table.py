@@ -87,25 +87,11 @@ def _row(simulation: Simulation, rank: int, scale: float, columns: int) -> str:
     return "".join(row)
 
 
-def grid(simulation: Simulation, most_rows: int, buckets: int) -> np.ndarray:
-    """Busy share of groups of neighbouring ranks [rows] in equal parts of the step [buckets]."""
-    ranks = simulation.schedule.ranks
-    edges = np.linspace(0.0, simulation.time, buckets + 1)
-    rows = min(most_rows, ranks)
-    bounds = [-(-i * ranks // rows) for i in range(rows + 1)]
-    shares = np.zeros((rows, buckets))
-    for i in range(rows):
-        for rank in range(bounds[i], bounds[i + 1]):
-            shares[i] += simulation.busy_in(rank, edges)
-        shares[i] /= bounds[i + 1] - bounds[i]
-    return shares
-
-
 def _busy(simulation: Simulation, width: int) -> Iterator[str]:
     ranks = simulation.schedule.ranks
     rows = min(32, ranks)
     heads = _heads(simulation.schedule, [-(-i * ranks // rows) for i in range(rows)])
-    shares = grid(simulation, rows, max(20, width - len(heads[0])))
+    shares = simulation.grid(rows, max(20, width - len(heads[0])))
     for head, row in zip(heads, shares, strict=True):
         yield (head + "".join(_SHADES[round(share * 4)] for share in row.clip(0, 1))).rstrip()
 
@@ -150,4 +136,4 @@ def _size(value: float, units: bool) -> str:
     return f"{value / (1 << 30):.3f} GiB" if units else f"{value:.6g}"
 
 
-__all__ = ["chart", "grid", "is_large", "label_of", "report"]
+__all__ = ["chart", "is_large", "label_of", "report"]

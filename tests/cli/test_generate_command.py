@@ -74,7 +74,7 @@ def test_every_setting_has_an_option(trained):
 
 
 def test_ranks_write_the_same_text(trained):
-    """The layers spread over threads: also the model's exits and a stop string are the same."""
+    """The layers spread over threads of the process."""
     arguments = ("generate", trained, "--prompt", "def f", "--json", "--threshold", 0.05, *SHORT)
     alone = json.loads(eellm(*arguments).stdout)
     spread = json.loads(eellm(*arguments, "--engine", "pipeline", "--ranks", 2).stdout)

@@ -1,6 +1,7 @@
 """A model spread over ranks: its texts are those of the engine deferred, to the bit, whatever the
 split, the exits and the company; and rank 0 goes on while later ranks still fill the cache."""
 
+import gc
 import threading
 import time
 
@@ -397,3 +398,48 @@ def test_threads_of_a_rank_change_nothing():
         (found,) = serve_all(pipe, [(prompt, request)])
     assert matches(found, alone(core, prompt, request))
     assert threading.active_count() < 50
+
+
+def _live():
+    gc.collect()
+    return _core.alloc_stats()[1:]
+
+
+def _use(config, core, fail_at):
+    """Serves some requests, removes one half-way; the `fail_at`-th allocation fails."""
+    pipe = Pipe(config, core, 3, max_sequences=3)
+    _core._alloc_fail_at(fail_at)
+    try:
+        for round_ in range(2):
+            for seed in range(3):
+                pipe.engine.add(
+                    random_tokens(seed, 5 + 70 * round_),
+                    max_new_tokens=12,
+                    engine="pipeline",
+                    thresholds=[0.0],
+                    full_depth=seed == 1,
+                )
+            for _ in range(7):
+                pipe.engine.step()
+            pipe.engine.remove(3 * round_)
+            pipe.engine.finish(3 * round_ + 1)
+            drain(pipe.engine, [3 * round_ + 1, 3 * round_ + 2])
+    except (MemoryError, _core.CommError):
+        return False
+    finally:
+        _core._alloc_fail_at(0)
+        pipe.engine.stop()
+        pipe.join()
+    return True
+
+
+def test_memory_that_runs_out():
+    """Wherever it does, on whichever rank: an error on all, nothing lost, nothing hangs."""
+    config, core, _, _ = model("llama_heads")
+    assert _use(config, core, 0)
+    before = _live()
+    assert _use(config, core, 0)
+    assert _live() == before
+    failed = [n for n in range(1, 100) if not _use(config, core, n)]
+    assert _live() == before
+    assert len(failed) > 20 and _use(config, core, 0)

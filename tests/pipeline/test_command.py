@@ -9,7 +9,7 @@ import pytest
 from eellm.cli import main
 from eellm.pipeline import Costs, Schedule
 from eellm.pipeline.draw import figure
-from eellm.pipeline.table import chart, grid
+from eellm.pipeline.table import chart
 from tests.cli.common import eellm, error_line
 
 ISSUE = ("--name", "1f1b", "--ranks", "4", "--microbatches", "6", "--exits", "1,2")
@@ -95,12 +95,12 @@ def test_what_a_picture_shows():
 
 def test_many_ranks_are_drawn_by_their_busy_share():
     result = Schedule("1f1b", 65, 70).simulate(Costs.uniform(65))
-    shares = grid(result, 65, 64)
+    shares = result.grid(65, 64)
     assert shares.mean() == pytest.approx(result.busy_share)
     assert shares.min() >= 0 and shares.max() <= 1 + 1e-9
     assert len(figure(result).axes[0].images) == 1
     assert "█" in chart(result)
-    halves = grid(result, 5, 64)
+    halves = result.grid(5, 64)
     assert halves == pytest.approx(
         np.array([shares[i * 13 : i * 13 + 13].mean(0) for i in range(5)])
     )

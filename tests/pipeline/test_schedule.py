@@ -170,5 +170,12 @@ def test_repr_and_result():
     result = schedule.simulate(Costs.uniform(4))
     assert json.loads(json.dumps(result.as_dict()))["time"] == result.time == 27
     assert "27" in repr(result)
-    edges = np.linspace(0, 27, 28)
-    assert result.busy_in(0, edges).sum() == pytest.approx(result.busy[0])
+    busy = result.grid(4, 27)
+    assert busy.sum(1) == pytest.approx(result.busy)
+    for rank in range(4):
+        spans = result.times(rank)
+        clipped = [
+            sum(max(0.0, min(end, i + 1) - max(start, i)) for start, end in spans)
+            for i in range(27)
+        ]
+        assert busy[rank] == pytest.approx(clipped)
