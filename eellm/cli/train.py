@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schedule", metavar="FILE", help="short for --set parallel.schedule_file=FILE"
     )
     parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what the ranks do in steps 3 to 5, for chrome://tracing or ui.perfetto.dev",
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the complete settings and exit"
     )
 
@@ -97,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(settings.to_toml())
         return 0
     logs.connect()
-    trainer = make_trainer(settings, options.resume, _fault())
+    trainer = make_trainer(settings, options.resume, options.trace, _fault())
     folder = trainer.folder
     assert folder is not None
     first = trainer.group is None or trainer.group.first

@@ -168,6 +168,7 @@ class RunSettings:
 def make_trainer(
     settings: RunSettings,
     resume: Literal["none", "auto"] = "none",
+    trace: str | None = None,
     fault: tuple[str, int, int, float] | None = None,
 ) -> Trainer:
     """Loads data and tokenizer, makes or loads the model, and returns the trainer.
@@ -202,6 +203,7 @@ def make_trainer(
         tokenizer=tokenizer,
         tensorboard=settings.output.tensorboard,
         progress=settings.output.progress,
+        trace=trace,
         fault=fault,
     )
 

@@ -29,6 +29,7 @@ from eellm.train.metrics import (
     require_tensorboard,
 )
 from eellm.train.signals import StopSignals
+from eellm.train.tracing import Tracer
 
 if TYPE_CHECKING:
     from eellm import _core
@@ -84,7 +85,8 @@ class Trainer:
     A model that several ranks share (`Model.from_config(..., group=group)`) is trained by all of
     them together: each makes a trainer of its part with the same settings and the same data, and
     calls the same methods. The first rank writes metrics and shows progress, and callbacks run
-    there alone. fault: see `_core.Trainer`, for tests.
+    there alone. trace: a file for what the ranks do in steps 3 to 5, in Chrome's trace format.
+    fault: see `_core.Trainer`, for tests.
 
     >>> trainer = eellm.Trainer(model, eellm.TrainConfig(steps=100), tokens, output="run")
     >>> trainer.train()
@@ -103,6 +105,7 @@ class Trainer:
         tensorboard: bool = False,
         progress: ProgressKind = "auto",
         callbacks: Sequence[Callback] = (),
+        trace: str | Path | None = None,
         fault: tuple[str, int, int, float] | None = None,
     ):
         exits = len(model.config.exits)
@@ -119,6 +122,7 @@ class Trainer:
         self._stopping = False
         self._signal = 0
         self._skipped = 0
+        self._trace = None if trace is None else Path(trace)
         if tensorboard:
             require_tensorboard()
         self._guard = Guard(config.spike_threshold, config.spike_window)
@@ -283,10 +287,15 @@ class Trainer:
             for callback in self._callbacks:
                 callback(self, record)
 
+        tracer = self._make_tracer()
         try:
             with StopSignals() as signals:
                 while self.done < config.steps and not self._asked_to_stop(signals):
+                    if tracer is not None:
+                        tracer.before_step()
                     record = self.step()
+                    if tracer is not None:
+                        tracer.after_step()
                     if share is not None:
                         record["matrix_share"] = share / record["seconds"]
                     report(record)
@@ -309,6 +318,15 @@ class Trainer:
         """Ends `train` after the present step, or with several ranks after the next; for
         callbacks."""
         self._stopping = True
+
+    def _make_tracer(self) -> Tracer | None:
+        from eellm import _core
+
+        if self._trace is None:
+            return None
+        comm = _core.comm_self() if self.group is None else self.group.comm
+        actions = len(self.schedule.actions(comm.rank))
+        return Tracer(self._trace, self.core, comm, self.config.steps - self.done, actions)
 
     def _asked_to_stop(self, signals: StopSignals) -> bool:
         """Whether all ranks stop here; what this rank alone has been asked goes into the step."""

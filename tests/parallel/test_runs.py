@@ -100,6 +100,16 @@ def test_a_schedule_of_a_file(tmp_path):
             parallel={"schedule_file": str(path)})  # fmt: skip
 
 
+def test_a_trace_of_three_steps(tmp_path):
+    path = tmp_path / "trace.json"
+    run(2, make_config("gpt2"), train_config(6), random_tokens(), trace=path)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [each["name"] for each in events if each["ph"] == "X"]
+    assert sum(name.startswith("forward") for name in names) == 2 * 3 * 6
+    assert sum(name.startswith("backward") for name in names) == 2 * 3 * 6
+    assert {each["pid"] for each in events} == {0, 1}
+
+
 def test_a_callback_stops_all_ranks():
     config, tokens = make_config("gpt2"), random_tokens()
 

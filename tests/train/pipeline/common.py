@@ -12,6 +12,7 @@ from eellm.pipeline import Schedule
 from tests.parity.cases import base_config, exit_, gpt2_config
 
 PATIENCE = 30.0  # seconds of waits that must not be the ones to end
+NAMES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
 B, T = 2, 8  # of a microbatch
 
 MIXED = [
@@ -164,6 +165,10 @@ class Layout:
             model, rows=rows, schedule=schedule.spec, lists=lists, comm=comm,
             recompute=self.recompute, defer_exits=self.defer, **{**self.options, **options},
         )  # fmt: skip
+
+
+def layout_of(name, ranks=4, **options):
+    return Layout(ranks, 2 if name == "interleaved" else 1, name, **options)
 
 
 @dataclass

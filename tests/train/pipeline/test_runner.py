@@ -1,6 +1,5 @@
-"""What the runner holds and sends, what it records, and what it refuses."""
+"""What the runner holds, sends and records."""
 
-import re
 from collections import Counter
 
 import numpy as np
@@ -11,12 +10,14 @@ from eellm.pipeline import Schedule
 from tests.parity.cases import base_config, exit_
 from tests.train.pipeline.common import (
     MODELS,
+    NAMES,
     B,
     Layout,
     T,
     all_well,
     check_same,
     data_of,
+    layout_of,
     merge,
     run_ranks,
     settings_of,
@@ -24,13 +25,8 @@ from tests.train.pipeline.common import (
     values_of,
 )
 
-FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
+FORWARD, _, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 ACTION, WAIT, SEND, RECEIVE = range(4)
-NAMES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
-
-
-def layout_of(name, ranks=4, **options):
-    return Layout(ranks, 2 if name == "interleaved" else 1, name, **options)
 
 
 # -- Memory --
@@ -141,310 +137,6 @@ def test_large_messages(size, name):
     data["positions"] %= config["max_positions"]
     wanted = train(config, values, Layout(), [data])
     check_same(train(config, values, Layout(2, 1, name), [data]), wanted)
-
-
-# -- Faults --
-
-
-KIND = r"\(tag \d+, (forward|backward) of microbatch \d\)$"
-OVERDUE = [
-    rf"^rank (\d): no message from rank (\d) within 0.3 s {KIND}",
-    rf"^rank (\d): rank (\d) did not receive a message within 0.3 s {KIND}",
-]
-
-
-@pytest.mark.parametrize("sleeper,action", [(0, 0), (1, 2), (2, 5), (3, 1)])
-def test_a_rank_that_sleeps(sleeper, action):
-    """All ranks end with one and the same reason: who waited for whom, for what. Waits that began
-    together end together: any of them, of a rank for its neighbour on the side of the sleeper."""
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    data, layout = data_of(config, 5), Layout(4, 1, "1f1b")
-
-    def work(rank, comm):
-        model = layout.model(config, rank, values)
-        fault = ("delay", 1, action, 1.2) if rank == sleeper else None
-        trainer = layout.trainer(model, comm, 5, fault=fault)
-        trainer.step(*data.values(), **settings_of(config))
-        comm.timeout = 0.3
-        trainer.step(*data.values(), **settings_of(config))
-
-    ended = run_ranks(4, work)
-    assert all(isinstance(each, _core.CommError) for each in ended), ended
-    reasons = {re.sub(r"^rank \d: the job was aborted: ", "", str(each)) for each in ended}
-    assert len(reasons) == 1, reasons
-    found = [re.search(each, next(iter(reasons))) for each in OVERDUE]
-    waiter, peer = map(int, next(filter(None, found)).groups()[:2])
-    assert abs(waiter - peer) == 1 and abs(peer - sleeper) < abs(waiter - sleeper), reasons
-
-
-def test_a_short_sleep_is_waited_for():
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    data, layout = data_of(config, 5), Layout(4, 1, "1f1b")
-    fault = ("delay", 0, 1, 0.2)
-    wanted = train(config, values, Layout(), [data])
-    found = train(config, values, Layout(4, 1, "1f1b", options=dict(fault=fault)), [data])
-    check_same(found, wanted)
-    assert layout.options == {}
-
-
-CORRUPTED = [(name, rank) for name in NAMES for rank in range(3)]
-
-
-@pytest.mark.parametrize("name,rank", CORRUPTED)
-def test_a_corrupted_value_stops_the_update_everywhere(name, rank):
-    """Whatever action it comes from; and the step after it is as if it had not been."""
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    layout = layout_of(name, 3)
-    layout.bounds = [0, 1, 2, 4, 5, 7, 8] if layout.chunks == 2 else [0, 2, 5, 8]
-    data = data_of(config, 2, masked=0.0)
-    wanted = train(config, values, layout, [data])
-    actions = layout.schedule_of(2).actions(rank)
-    last = 3 * layout.chunks - 1
-    checked = 0
-    for i, (kind, _, chunk, _) in enumerate(actions):
-        place = chunk * 3 + rank
-        if kind == BACKWARD_WEIGHT or (kind in (BACKWARD, BACKWARD_INPUT) and place == 0):
-            continue  # what it makes, nobody reads
-        corrupted, after = with_fault(config, values, layout, data, rank, ("corrupt", 0, i, 0.0))
-        for result in corrupted:
-            assert not result["finite"] and not result["updated"], (kind, place, last)
-        for result in after:
-            assert result == wanted.results[0]
-        checked += 1
-    assert checked >= 2
-
-
-def with_fault(config, values, layout, data, where, fault):
-    """Two steps with the same data; weights must stay as they are in the first."""
-
-    def work(rank, comm):
-        model = layout.model(config, rank, values)
-        trainer = layout.trainer(model, comm, 2, fault=fault if rank == where else None)
-        first = trainer.step(*data.values(), **settings_of(config))
-        for row in model.table:
-            name = row["name"]
-            if row["held"]:
-                assert np.array_equal(np.asarray(model.parameter(name)), values[name]), name
-                assert not np.asarray(trainer.gradient(name)).any(), name
-        assert trainer.steps == 0
-        return first, trainer.step(*data.values(), **settings_of(config))
-
-    ended = all_well(run_ranks(layout.ranks, work))
-    return [each[0] for each in ended], [each[1] for each in ended]
-
-
-def test_a_fault_of_one_step_leaves_the_others_alone():
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    data, layout = data_of(config, 2), Layout(2, 1, "1f1b")
-
-    def work(rank, comm):
-        model = layout.model(config, rank, values)
-        fault = ("corrupt", 2, 0, 0.0) if rank == 0 else None
-        trainer = layout.trainer(model, comm, 2, fault=fault)
-        return [trainer.step(*data.values(), **settings_of(config))["finite"] for _ in range(4)]
-
-    assert all_well(run_ranks(2, work)) == [[True, True, False, True]] * 2
-
-
-# -- What ranks must agree on --
-
-
-def outcomes(change, layout=None):
-    """Ranks that take a step each, rank 2 with a change of its own: how each ended."""
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    layout = layout or Layout(4, 1, "1f1b")
-
-    def work(rank, comm):
-        model = layout.model(config, rank, values)
-        trainer = layout.trainer(model, comm, 5)
-        data, settings = data_of(config, 5), settings_of(config)
-        if rank == 2:
-            change(data, settings)
-        return trainer.step(*data.values(), **settings)
-
-    return run_ranks(4, work)
-
-
-def change_token(data, settings):
-    data["tokens"][3, 2] = (data["tokens"][3, 2] + 1) % 67
-
-
-def change_target(data, settings):
-    data["targets"][0, 0] = (data["targets"][0, 0] + 1) % 67
-
-
-def change_order(data, settings):
-    for name in ("tokens", "targets"):
-        data[name] = np.ascontiguousarray(data[name][[1, 0, 2, 3, 4]])
-
-
-def change_rate(data, settings):
-    settings["learning_rate"] = np.nextafter(1e-2, 1.0)
-
-
-@pytest.mark.parametrize("change", [change_token, change_target, change_order, change_rate])
-def test_ranks_with_different_data_or_rates(change):
-    for ended in outcomes(change):
-        assert isinstance(ended, ValueError), ended
-        assert re.search(r"different data or settings for step 1; give all of them", str(ended))
-
-
-def change_none(data, settings):
-    pass
-
-
-def test_ranks_with_the_same_data():
-    """Negative control."""
-    assert all(each["updated"] for each in outcomes(change_none))
-
-
-def test_the_largest_signal_reaches_all():
-    def change(data, settings):
-        settings["signal"] = 15
-
-    assert [each["signal"] for each in outcomes(change)] == [15] * 4
-
-
-@pytest.mark.parametrize("limit", ["max_loss", "max_grad_norm"])
-def test_a_spike_is_seen_by_all(limit):
-    """The exits that are above the limit may be on any rank."""
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    data = data_of(config, 5)
-    losses = train(config, values, Layout(4), [data]).results[0]
-    most = max(losses["losses"]) if limit == "max_loss" else losses["grad_norm"]
-    for factor, updated in ((0.999, False), (1.0, True)):
-        found = train(config, values, Layout(4), [data], **{limit: factor * most})
-        assert found.results[0]["updated"] is updated
-        assert found.results[0]["finite"]
-
-
-def test_nothing_to_learn_from():
-    def change(data, settings):
-        data["targets"][...] = -1
-
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    data = data_of(config, 5)
-    change(data, None)
-    with pytest.raises(ValueError, match="all 80 are masked"):
-        train(config, values, Layout(4), [data])
-
-
-# -- What cannot be made --
-
-
-def refused(text, *, config=None, part=(4, 1, 1, None, False, True), rank=1, size=4, **options):
-    model = _core.Model(config or MODELS["apart"], 1, part=part)
-    comm = None if size is None else _core.comm_local(size)[rank]
-    with pytest.raises(ValueError, match=text):
-        _core.Trainer(model, **{"rows": B * T, "microbatches": 5, "comm": comm, **options})
-
-
-def test_a_part_with_the_wrong_ranks():
-    text = "the model is part 1 of 4, the communicator has rank "
-    refused(text + "2 of 4", rank=2)
-    refused(text + "1 of 3", size=3)
-    refused(text + "1 of 8", size=8)
-    refused(text + "0 of 1", size=None)
-    refused("the model is part 0 of 1, the communicator has rank 1 of 4", part=None)
-
-
-def test_a_schedule_of_other_ranks():
-    for schedule in (Schedule("1f1b", 3, 5), Schedule("interleaved", 4, 5, 2)):
-        text = f"{schedule.ranks} ranks with {schedule.chunks} chunks, the model is spread over 4"
-        refused(text, schedule=schedule.spec)
-    refused("1 ranks with 1 chunks", schedule=Schedule("1f1b", 1, 5).spec)
-
-
-def deadlocked(schedule):
-    """Rank 0 wants a gradient before the second input, rank 1 two inputs before that."""
-    lists = [each.copy() for each in schedule.lists]
-    for rank, ahead in ((0, 1), (1, 2)):
-        f, b = (lists[rank][lists[rank]["kind"] == kind] for kind in (FORWARD, BACKWARD))
-        lists[rank] = np.concatenate([f[:ahead], b[:1], f[ahead:], b[1:]])
-    return lists
-
-
-def test_lists_that_cannot_be_run():
-    schedule = Schedule("1f1b", 4, 5)
-    views = [each.view(np.uint64) for each in deadlocked(schedule)]
-    refused("wait for each other", schedule=schedule.spec, lists=views)
-    views = [each.view(np.uint64) for each in schedule.lists]
-    refused("one for each of 4 ranks, got 3", schedule=schedule.spec, lists=views[:3])
-    refused("microbatch 0 is due", schedule=schedule.spec, lists=[each[1:] for each in views])
-    refused("the list ends", schedule=schedule.spec, lists=[views[0][:-1], *views[1:]])
-
-
-# Rank 0 sends on the outputs 3 and 4, which it does not keep, before those that rank 1 wants first.
-NO_PLACE = ["F0k F3 F4 F2k F1k B2 B1 B0", "F1k F0k B1 F3 B0 F4", "F0k B0 F3k B3 F4k B4"]
-# Rank 1 sends three gradients before the input that rank 0 wants ahead of the first of them.
-THREE_GRADIENTS = [
-    "F0 F1 F2 F3 F0' F1' F2' F3' B0' B1' B2' B3' B0 B1 B2 B3",
-    "F0 F0' F1 F1' F2 F2' B0' B1' B2' F3 F3' B3' B0 B1 B2 B3",
-]
-
-
-def lists_from(texts, schedule):
-    """Lists in another order, as "F3k B1'": kind, microbatch, kept or not, second chunk."""
-    lists = []
-    for mine, text in zip(schedule.lists, texts, strict=True):
-        keys = [("FB".index(word[0]), word.endswith("'"), int(word[1])) for word in text.split()]
-        place = {(int(a["kind"]), bool(a["chunk"]), int(a["microbatch"])): i
-                 for i, a in enumerate(mine)}  # fmt: skip
-        assert sorted(keys) == sorted(place)
-        lists.append(mine[[place[key] for key in keys]])
-    return Schedule(schedule.name, schedule.ranks, schedule.microbatches, schedule.chunks,
-                    fill=schedule.fill, exits=schedule.exits, lists=lists).validate()  # fmt: skip
-
-
-def test_a_list_that_needs_three_buffers():
-    config, values = MODELS["gpt2"], values_of(MODELS["gpt2"])
-    steps = [data_of(config, 4, seed) for seed in range(2)]
-    schedule = lists_from(THREE_GRADIENTS, Schedule("interleaved", 2, 4, 2))
-    wanted = train(config, values, Layout(), steps)
-    check_same(train(config, values, Layout(2, 2, schedule), steps), wanted)
-
-
-def test_outputs_that_find_no_place():
-    """Refused when the trainer is made, on every rank; or run as the walk has it."""
-    named = Schedule("1f1b", 3, 1, fill=(2, 2), exits=(0, 1))
-    config, values = MODELS["apart"], values_of(MODELS["apart"])
-    steps = [data_of(config, 5)]
-    try:
-        schedule = lists_from(NO_PLACE, named)
-        found = train(config, values, Layout(3, 1, schedule), steps)
-    except ValueError as error:
-        assert "rank 0, action 2 (forward of microbatch 4" in str(error)
-    else:
-        check_same(found, train(config, values, Layout(3, 1, named), steps))
-
-
-@pytest.mark.parametrize(
-    ("part", "text"),
-    [
-        ((9, 1, 0, None, False, True), "8 layers cannot be split into 9 ranks with 1 chunks"),
-        ((4, 3, 0, None, False, True), "8 layers cannot be split into 4 ranks with 3 chunks"),
-        ((0, 1, 0, None, False, True), "spread over 1 to 65536 ranks"),
-        ((2, 1, 2, None, False, True), "the ranks of the pipeline are 0 to 1, got 2"),
-        ((2, 1, -1, None, False, True), "the ranks of the pipeline are 0 to 1, got -1"),
-        ((2, 1, 0, np.array([0, 8, 8], np.int32), False, True), "ascend from 0 to the 8 layers"),
-        ((2, 1, 0, np.array([1, 4, 8], np.int32), False, True), "ascend from 0 to the 8 layers"),
-        ((2, 1, 0, np.array([0, 4, 7], np.int32), False, True), "ascend from 0 to the 8 layers"),
-        ((2, 1, 0, np.array([0, 8], np.int32), False, True), "bounds: dimension 0 must be 3"),
-    ],
-)
-def test_parts_that_are_none(part, text):
-    with pytest.raises(ValueError, match=text):
-        _core.Model(MODELS["apart"], 1, part=part)
-
-
-def test_parameters_of_other_ranks():
-    """Not held: neither read nor written, and no gradient."""
-    model = _core.Model(MODELS["apart"], 1, part=(4, 1, 1, None, False, True))
-    for view in (model.parameter, Layout(4).trainer(model, _core.comm_local(4)[1], 5).gradient):
-        with pytest.raises((KeyError, ValueError)) as error:
-            view("lm_head.weight")
-        assert "lm_head.weight" in str(error.value)
-        assert np.asarray(view("model.layers.2.mlp.up_proj.weight")).size
 
 
 # -- The record --
