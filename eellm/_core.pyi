@@ -188,7 +188,7 @@ class Trainer:
 
     def recorded(self) -> npt.NDArray[np.float64]:
         """The events since the last call, [n, 9]: start, end, bytes, kind, what, chunk,
-        microbatch, peer, tag (struct ee_event, csrc/train/trace.h)."""
+        microbatch, peer, tag (struct ee_trace_event, csrc/train/trace.h)."""
 
     @property
     def steps(self) -> int:

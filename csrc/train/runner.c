@@ -184,7 +184,7 @@ static enum ee_status wait(struct ee_runner *r, ee_comm_request *request) {
     *request = 0;
     if (!waited)
         return EE_OK;
-    struct ee_event event = {
+    struct ee_trace_event event = {
         .kind = EE_EVENT_WAIT, .what = -1, .chunk = -1, .microbatch = -1, .peer = -1, .tag = -1};
     event.start = r->trace ? ee_now() : 0;
     EE_TRY(ee_comm_wait(r->options.comm, waited));
@@ -345,12 +345,12 @@ static enum ee_status run_action(struct ee_runner *r, int64_t i) {
     EE_TRY(look_ahead(r));
     EE_TRY(receive(r, i, &gradient));
     EE_TRY(look_ahead(r));
-    struct ee_event event = {.kind = EE_EVENT_ACTION,
-                             .what = action->kind,
-                             .chunk = action->chunk,
-                             .microbatch = action->microbatch,
-                             .peer = -1,
-                             .tag = -1};
+    struct ee_trace_event event = {.kind = EE_EVENT_ACTION,
+                                   .what = action->kind,
+                                   .chunk = action->chunk,
+                                   .microbatch = action->microbatch,
+                                   .peer = -1,
+                                   .tag = -1};
     event.start = r->trace ? ee_now() : 0;
     float *dx = gradient < 0 ? NULL : r->gradient[gradient].data;
     EE_TRY(r->work->run(r->work->arg, action, slot, r->list->queues[i], dx));

@@ -9,7 +9,7 @@ enum ee_status ee_trace_create(struct ee_trace **out, int64_t capacity) {
     struct ee_trace *trace = memory;
     trace->capacity = capacity;
     enum ee_status status =
-        ee_alloc(&memory, (size_t)capacity * sizeof(struct ee_event), "a trace");
+        ee_alloc(&memory, (size_t)capacity * sizeof(struct ee_trace_event), "a trace");
     if (status != EE_OK) {
         ee_free(trace);
         return status;
@@ -26,7 +26,7 @@ void ee_trace_destroy(struct ee_trace *trace) {
     ee_free(trace);
 }
 
-void ee_trace_add(struct ee_trace *trace, const struct ee_event *event) {
+void ee_trace_add(struct ee_trace *trace, const struct ee_trace_event *event) {
     if (!trace)
         return;
     if (trace->count == trace->capacity)
@@ -36,15 +36,15 @@ void ee_trace_add(struct ee_trace *trace, const struct ee_event *event) {
 }
 
 void ee_trace_message(void *arg, const struct ee_message *message, double started, double done) {
-    struct ee_event event = {.start = started,
-                             .end = done,
-                             .bytes = (int64_t)message->bytes,
-                             .kind =
-                                 message->direction == EE_SEND ? EE_EVENT_SEND : EE_EVENT_RECEIVE,
-                             .what = -1,
-                             .chunk = -1,
-                             .microbatch = (int32_t)message->action.index,
-                             .peer = message->peer,
-                             .tag = message->tag};
+    struct ee_trace_event event = {.start = started,
+                                   .end = done,
+                                   .bytes = (int64_t)message->bytes,
+                                   .kind = message->direction == EE_SEND ? EE_EVENT_SEND
+                                                                         : EE_EVENT_RECEIVE,
+                                   .what = -1,
+                                   .chunk = -1,
+                                   .microbatch = (int32_t)message->action.index,
+                                   .peer = message->peer,
+                                   .tag = message->tag};
     ee_trace_add(arg, &event);
 }

@@ -14,7 +14,7 @@ enum ee_event_kind {
     EE_EVENT_RECEIVE, /* likewise on the other side */
 };
 
-struct ee_event {
+struct ee_trace_event {
     double start, end; /* seconds of ee_now() */
     int64_t bytes;     /* of messages */
     int32_t kind, what, chunk, microbatch;
@@ -22,7 +22,7 @@ struct ee_event {
 };
 
 struct ee_trace {
-    struct ee_event *events;
+    struct ee_trace_event *events;
     int64_t count, capacity, lost; /* lost: those that found no room */
 };
 
@@ -30,7 +30,7 @@ EE_WARN_UNUSED enum ee_status ee_trace_create(struct ee_trace **out, int64_t cap
 void ee_trace_destroy(struct ee_trace *trace);
 
 /* NULL is allowed: nothing is recorded. */
-void ee_trace_add(struct ee_trace *trace, const struct ee_event *event);
+void ee_trace_add(struct ee_trace *trace, const struct ee_trace_event *event);
 
 /* As an ee_comm_trace. */
 void ee_trace_message(void *trace, const struct ee_message *message, double started, double done);
