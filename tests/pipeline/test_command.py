@@ -148,3 +148,25 @@ def test_wrong_calls(arguments, parts, tmp_path):
     line = error_line(eellm("schedule", *arguments, cwd=tmp_path), 2)
     for part in parts:
         assert part in line, line
+
+
+def test_parallel_settings_of_a_run_count(tmp_path, capsys):
+    """Split, chunks, schedule and edge of [parallel], unless options say otherwise."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "[model]\nvocab_size = 500\nhidden_size = 64\nnum_hidden_layers = 8\n"
+        "num_attention_heads = 4\n[[model.exits]]\nlayer = 3\n[train]\nseq_length = 32\n"
+        '[parallel]\nschedule = "interleaved"\nchunks = 2\nsplit = [3, 1, 2, 2]\n'
+        'rank_edge = "earlier"\n'
+    )
+
+    def found(*options):
+        assert main(["schedule", "--ranks", "2", "--config", str(path), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    given = found()
+    assert (given["name"], given["chunks"]) == ("interleaved", 2)
+    assert given["layers"] == [3, 1, 2, 2] and given["exits"] == [0]
+    assert found("--rank-edge", "later")["exits"] == [1]
+    other = found("--name", "gpipe", "--split", "5,3")
+    assert (other["name"], other["chunks"], other["layers"]) == ("gpipe", 1, [5, 3])
