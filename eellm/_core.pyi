@@ -451,6 +451,12 @@ def schedule_walk(
     slots, actions [P], and with trace the times [sum of actions, 2], rank by rank, else None. grid
     [rows, buckets] += the busy time of neighbouring ranks in equal parts of `time`."""
 
+def schedule_buffers(
+    spec: tuple[Any, ...], lists: Sequence[npt.NDArray[np.uint64]] | None, /
+) -> int:
+    """How many gradients that a rank sends may be under way: the least number with which the
+    lists cannot come to a stop (ee_walk_buffers, csrc/train/walk.h)."""
+
 def alloc_stats() -> tuple[int, int, int]:
     """(allocations since start, live allocations, live bytes)"""
 

@@ -137,6 +137,9 @@ static PyMethodDef methods[] = {
     {"schedule_walk", schedule_walk, METH_VARARGS,
      "schedule_walk($module, spec, costs, lists, trace, grid=None, time=0.0, /)\n--\n\n"
      "Proves lists, and says what they take."},
+    {"schedule_buffers", schedule_buffers, METH_VARARGS,
+     "schedule_buffers($module, spec, lists, /)\n--\n\n"
+     "How many gradients of a rank may be under way."},
     {"comm_self", comm_self, METH_NOARGS,
      "comm_self($module, /)\n--\n\nThe communicator of one rank."},
     {"comm_local", (PyCFunction)(void (*)(void))comm_local, METH_VARARGS | METH_KEYWORDS,

@@ -16,7 +16,7 @@ PyObject *trace_array(struct ee_trace *trace) {
     PyObject *array = array_new(ARRAY_F64, 2, shape, &data);
     double *row = data;
     for (Py_ssize_t i = 0; array && i < shape[0]; i++, row += 9) {
-        const struct ee_trace_event *e = &trace->events[i];
+        const struct ee_event *e = &trace->events[i];
         const double values[] = {
             e->start,        e->end,           (double)e->bytes,      (double)e->kind,
             (double)e->what, (double)e->chunk, (double)e->microbatch, (double)e->peer,
@@ -157,6 +157,31 @@ static PyObject *recorded(PyObject *object, PyObject *unused) {
     PyObject *array = trace_array(self->trace);
     end_comm(self->comm);
     return array;
+}
+
+PyObject *schedule_buffers(PyObject *module, PyObject *args) {
+    struct module_state *state = module_state(module);
+    struct ee_schedule_spec spec = {0};
+    PyObject *tuple, *lists;
+    enum ee_status status;
+    if (!PyArg_ParseTuple(args, "OO", &tuple, &lists))
+        return NULL;
+    if (!schedule_in(tuple, &spec, &status))
+        return status == EE_OK ? NULL : raise_status(state, status);
+    struct ee_given_list *given = NULL;
+    if (lists != Py_None) {
+        given = PyMem_Calloc((size_t)spec.ranks, sizeof *given);
+        if (!given)
+            return PyErr_NoMemory();
+        if (!lists_in(lists, &spec, given)) {
+            PyMem_Free(given);
+            return NULL;
+        }
+    }
+    int32_t buffers;
+    RUN_WITHOUT_GIL(status, ee_walk_buffers(&spec, given, &buffers));
+    PyMem_Free(given);
+    return status == EE_OK ? PyLong_FromLong(buffers) : raise_status(state, status);
 }
 
 static PyMethodDef methods[] = {

@@ -140,6 +140,8 @@ bool lists_in(PyObject *sequence, const struct ee_schedule_spec *spec, struct ee
 PyObject *schedule_actions(PyObject *module, PyObject *args);
 PyObject *schedule_fill(PyObject *module, PyObject *args);
 PyObject *schedule_walk(PyObject *module, PyObject *args);
+/* py_replay.c. */
+PyObject *schedule_buffers(PyObject *module, PyObject *args);
 
 /* Where communicators come from, and what the core gives to their transports (py_comm.c). */
 PyObject *comm_self(PyObject *module, PyObject *unused);

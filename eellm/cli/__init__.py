@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "make and inspect token files",
     "convert": "turn a model into a Hugging Face directory, add exits, change the number format",
     "schedule": "show, check, price and draw the schedule of a training pipeline",
+    "plan": "how to split a model over ranks: schedules, microbatches, time and memory",
     "info": "print what was built in, threads, bandwidth and matrix rate",
 }
 

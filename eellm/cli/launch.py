@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -284,6 +285,21 @@ NOISE = (
 )
 
 
+_SIGNAL = re.compile(rb"process rank (\d+) .*exited\s+on\s+signal (\d+) \(([^)]*)\)", re.DOTALL)
+
+
+def _in_our_words(frame: bytes) -> bytes:
+    """One line of a frame that says that a rank was killed; any other frame as it is."""
+    found = _SIGNAL.search(frame)
+    if not found:
+        return frame
+    rank, number, name = (each.decode() for each in found.groups())
+    return (
+        f"eellm: error: rank {rank} was ended by signal {number} ({name}), and the job with it; "
+        "look for what ended it (memory?), or let --max-restarts start it again\n"
+    ).encode()
+
+
 def copy_messages(
     source: IO[bytes],
     target: IO[bytes],
@@ -306,7 +322,7 @@ def copy_messages(
                     end = len(held) - len(_RULE)
                 frame, held = held[: end + len(_RULE)], held[end + len(_RULE) :]
                 if not frame[len(_RULE) :].startswith(noise()):
-                    target.write(frame)
+                    target.write(_in_our_words(frame))
                 at_start = frame.endswith(b"\n")
             else:
                 line, newline, held = held.partition(b"\n")

@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     shape = parser.add_argument_group("schedule")
     shape.add_argument(
-        "--name",
-        choices=("gpipe", "1f1b", "interleaved", "zero_bubble"),
-        help="default 1f1b",
+        "--name", default="1f1b", choices=("gpipe", "1f1b", "interleaved", "zero_bubble")
     )
     shape.add_argument("--ranks", type=int, metavar="P", help="of the pipeline; default 4")
     shape.add_argument("--microbatches", type=int, metavar="M", help="of a step; default 8")
@@ -83,11 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an exit, both ways; default a tenth of forward and backward",
     )
     costs.add_argument("--message", type=float, default=0.0, metavar="T", help="default 0")
-    costs.add_argument(
-        "--config",
-        metavar="PATH",
-        help="a run's TOML file, whose [parallel] counts too, or a model directory",
-    )
+    costs.add_argument("--config", metavar="PATH", help="a run's TOML file or a model directory")
     costs.add_argument(
         "--split", metavar="N,N", help="layers of each chunk, or cost for equal time"
     )
@@ -99,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     costs.add_argument(
         "--rank-edge",
         choices=("later", "earlier"),
+        default="later",
         help="whose an exit between two ranks is; default later",
     )
     _add_replay(parser)
@@ -174,7 +169,6 @@ def _make(options: argparse.Namespace) -> tuple[Schedule, Costs, bool]:
     """The schedule, its costs, and whether those are seconds and bytes."""
     from eellm.pipeline import Schedule
 
-    _take_settings(options)
     if options.load:
         for option in ("ranks", "microbatches", "chunks", "fill", "ratio"):
             if getattr(options, option) is not None:
@@ -211,27 +205,6 @@ def _make(options: argparse.Namespace) -> tuple[Schedule, Costs, bool]:
     return schedule, costs, options.config is not None
 
 
-def _take_settings(options: argparse.Namespace) -> None:
-    """Fills what is not given from the settings of a run, or with its default."""
-    options.recompute, options.exit_w = "none", "fused"
-    if options.config and not Path(options.config).is_dir():
-        from eellm.settings import build_sections, load_toml
-        from eellm.train.run import SCHEMA
-
-        sections = build_sections(SCHEMA, load_toml(options.config))
-        parallel = sections["parallel"]
-        options.recompute, options.exit_w = sections["train"].recompute, parallel.exit_w
-        if options.split is None:
-            split = ",".join(map(str, parallel.split))
-            options.split = split or ("cost" if parallel.balance == "cost" else None)
-        options.name = options.name or parallel.schedule
-        options.rank_edge = options.rank_edge or parallel.rank_edge
-        if options.chunks is None and options.name == parallel.schedule and not options.load:
-            options.chunks = parallel.chunks
-    options.name = options.name or "1f1b"
-    options.rank_edge = options.rank_edge or "later"
-
-
 def _costs(options: argparse.Namespace, ranks: int, chunks: int, exits: list[int]) -> Costs:
     """Uniform costs, or those of a model."""
     from eellm.pipeline import Costs
@@ -259,8 +232,6 @@ def _costs(options: argparse.Namespace, ranks: int, chunks: int, exits: list[int
         micro_batch_size=micro_batch,
         split=split,
         rank_edge=options.rank_edge,
-        recompute=options.recompute,
-        exit_w=options.exit_w,
         rates=Rates(flops=1e9 * options.gflops),
     )
     from dataclasses import replace
@@ -291,28 +262,32 @@ def _uniform(options: argparse.Namespace, ranks: int, chunks: int, exits: list[i
 
 def _read_config(options: argparse.Namespace) -> tuple[ModelConfig, int, int]:
     """A model, sequences of a microbatch, tokens of a sequence."""
-    path = Path(options.config)
-    if path.is_dir():
-        from eellm.files.directory import read_config
-
-        config = read_config(path)
-        micro_batch, seq_length = 1, config.max_position_embeddings
-    else:
-        from eellm.settings import build_sections, load_toml
-        from eellm.train.run import SCHEMA
-
-        sections = build_sections(SCHEMA, load_toml(path))
-        settings = sections["model"]
-        if settings.pretrained is not None or "vocab_size" not in settings.values:
-            what = f"{path} does not say the sizes of the model"
-            raise ValueError(
-                f"{what} (expected vocab_size and others in [model], got pretrained or a "
-                "tokenizer's); give the model's directory"
-            )
-        config = settings.config()
+    config, sections = read_run(Path(options.config))
+    micro_batch, seq_length = 1, config.max_position_embeddings
+    if sections is not None:
         micro_batch, seq_length = sections["train"].micro_batch_size, sections["train"].seq_length
     micro_batch = micro_batch if options.micro_batch is None else options.micro_batch
     return config, micro_batch, seq_length if options.seq_length is None else options.seq_length
+
+
+def read_run(path: Path) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The model of a run's file and the sections of that, or of a model directory."""
+    if path.is_dir():
+        from eellm.files.directory import read_config
+
+        return read_config(path), None
+    from eellm.settings import build_sections, load_toml
+    from eellm.train.run import SCHEMA
+
+    sections = build_sections(SCHEMA, load_toml(path))
+    settings = sections["model"]
+    if settings.pretrained is not None or "vocab_size" not in settings.values:
+        what = f"{path} does not say the sizes of the model"
+        raise ValueError(
+            f"{what} (expected vocab_size and others in [model], got pretrained or a "
+            "tokenizer's); give the model's directory"
+        )
+    return settings.config(), sections
 
 
 def _ratio(options: argparse.Namespace) -> float:

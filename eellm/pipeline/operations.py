@@ -193,7 +193,7 @@ class Operations:
             counts[rank] += layers * layer
             for i in layout.exits[g]:
                 each = c.exits[i]
-                matrices[rank].add(self._matrix(i))
+                matrices[rank].add(self.matrix_of(i))
                 counts[rank] += self.norm_size if each.norm == "own" else 0
                 if each.branch is not None:
                     counts[rank] += mlp if each.branch == "mlp" else layer
@@ -205,11 +205,11 @@ class Operations:
         size = c.vocab_size * c.hidden_size
         return counts + np.array([len(each) * size for each in matrices], np.float64)
 
-    def _matrix(self, index: int) -> Any:
-        """The output matrix of an early exit."""
+    def matrix_of(self, index: int) -> Any:
+        """Which output matrix an early exit has; equal for exits that share one."""
         output = self.config.exits[index].output
         if isinstance(output, int):
-            return self._matrix(output)
+            return self.matrix_of(output)
         if output == "own":
             return index
         return "embedding" if self.config.tie_word_embeddings else output

@@ -7,8 +7,6 @@ the same numbers.
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +196,6 @@ def replay(
     check_integer("steps", steps, 1, 1000)
     check_integer("warmup", warmup, 0, 1000)
     schedule, rank = times.schedule, comm.rank
-    # A replay's own check comes later than the slice of the times.
     if comm.size != schedule.ranks:
         raise invalid(
             "the schedule does not fit the job",
@@ -206,11 +203,9 @@ def replay(
             comm.size,
             f"start {schedule.ranks} ranks",
         )
-    given = schedule.given
-    lists = None if given is None else [each.view(np.uint64) for each in given]
-    runner = _core.Replay(
-        schedule.spec, times.of_rank(rank), comm, max(2, times.message_bytes // 4), lists
-    )
+    floats = times.message_bytes // 4
+    lists = schedule.lists_for_core
+    runner = _core.Replay(schedule.spec, times.of_rank(rank), comm, floats, lists)
     found = np.zeros((steps, 3))
     for step in range(-warmup, steps):
         if trace and step == steps - 1:
@@ -239,37 +234,11 @@ def replay_local(
     times: Times, *, steps: int = 5, warmup: int = 2, trace: bool = False, timeout: float = 300.0
 ) -> Replayed:
     """The same with ranks that are threads of this process."""
-    return run_local(
+    from eellm.parallel import ParallelConfig, run_local
+
+    found = run_local(
         times.schedule.ranks,
-        lambda comm: replay(times, comm, steps=steps, warmup=warmup, trace=trace),
-        timeout,
-    )[0]
-
-
-def run_local(ranks: int, work: Callable[[Comm], Any], timeout: float = 300.0) -> list[Any]:
-    """Runs work(comm) as so many threads; the first error ends all of them and is raised."""
-    from eellm import _core
-
-    comms = _core.comm_local(ranks, timeout)
-    results: list[Any] = [None] * ranks
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(comms[rank])
-        except BaseException as error:
-            errors.append(error)
-            comms[rank].abort(str(error))
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        comms[0].abort("interrupted")
-        raise
-    if errors:
-        raise errors[0]
-    return results
+        lambda group: replay(times, group.comm, steps=steps, warmup=warmup, trace=trace),
+        ParallelConfig(timeout=timeout),
+    )
+    return found[0]

@@ -101,9 +101,9 @@ class Schedule:
         return (self.name, self.ranks, self.chunks, self.microbatches, self.fill[0], depths, flags)
 
     @property
-    def given(self) -> tuple[Actions, ...] | None:
-        """The lists of all ranks that take the place of those of the name, if there are any."""
-        return self._given
+    def lists_for_core(self) -> list[npt.NDArray[np.uint64]] | None:
+        """The lists that take the place of those of the name, if there are any."""
+        return None if self._given is None else [each.view(np.uint64) for each in self._given]
 
     @property
     def custom(self) -> bool:
@@ -146,15 +146,10 @@ class Schedule:
         costs.check_fits(self)
         return Simulation(self, costs, self.walk(costs, False))
 
-    def walk(
-        self, costs: Costs | None, trace: bool, grid: Any = None, time: float = 0.0
-    ) -> dict[str, Any]:
-        """The walk of the core through all lists (csrc/train/walk.h, `_core.schedule_walk`)."""
-        given = None
-        if self._given is not None:
-            given = [each.view(np.uint64) for each in self._given]
+    def walk(self, costs: Costs | None, trace: bool) -> dict[str, Any]:
+        """The walk of the core through all lists (csrc/train/walk.h)."""
         prices = None if costs is None else costs.to_core()
-        return _core.schedule_walk(self.spec, prices, given, trace, grid, time)
+        return _core.schedule_walk(self.spec, prices, self.lists_for_core, trace)
 
     def save(self, path: str | Path) -> None:
         """Writes the lists as JSON, a line for each rank."""

@@ -249,10 +249,14 @@ def copied(text, size):
 def test_frames_without_news_are_left_out(size):
     noise = RULE + "prterun detected that one or more processes exited\n  Exit code: 1\n" + RULE
     abort = RULE + "MPI_ABORT was invoked on rank 1\n" + RULE
-    news = RULE + "prterun noticed that process rank 1 exited on\nsignal 9 (Killed).\n" + RULE
+    news = RULE + "prterun has lost communication with a remote daemon\n" + RULE
+    killed = RULE + "prterun noticed that process rank 1 exited on\nsignal 9 (Killed).\n" + RULE
     assert copied(f"a\n{noise}b\n", size) == "a\nb\n"
     assert copied(f"step 1\rstep 2\r{noise}", size) == f"step 1\rstep 2\r{noise}"
     assert copied(f"a\n{news}{noise}{abort}b", size) == f"a\n{news}b"
+    line = "eellm: error: rank 1 was ended by signal 9 (Killed), and the job with it"
+    assert copied(f"a\n{killed}", size).startswith(f"a\n{line}")
+    assert copied(f"a\n{killed}b", size).endswith("start it again\nb")
     assert copied(f"a\n{RULE}the end", size) == f"a\n{RULE}the end"
     assert copied("--help\n- a list\n" + "-" * 60 + "\n", size) == (
         "--help\n- a list\n" + "-" * 60 + "\n"

@@ -111,7 +111,7 @@ def test_a_killed_rank_and_a_restart(folder, alone):
     """Rank 1 dies in step 4; the job starts again from the checkpoint of step 2."""
     ended = train(folder, "killed", 2, launch=["--max-restarts", "1"], EELLM_FAULT="1:kill:4:3")
     assert ended.status == 0, ended.err
-    assert "restart 1 of 1" in ended.err and not ended.errors
+    assert "restart 1 of 1" in ended.err and len(ended.errors) == 1
     assert records(folder, "killed") == alone
 
 
@@ -148,3 +148,10 @@ def test_what_does_not_fit_is_said_once(arguments, text, folder):
     assert ended.status == 2
     assert len(ended.errors) == 1 and text in ended.errors[0]
     assert not (folder / "refused").exists()
+
+
+def test_a_killed_rank_is_named_in_one_line(folder):
+    ended = train(folder, "gone", 2, EELLM_FAULT="1:kill:1:3")
+    assert ended.status == 137
+    assert ended.errors == ended.err.splitlines()
+    assert len(ended.errors) == 1 and "rank 1 was ended by signal 9 (Killed)" in ended.errors[0]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from eellm import _core
+from eellm.parallel import run_local
 from eellm.pipeline import Costs, Schedule
-from eellm.pipeline.replay import Times, replay_local, run_local
+from eellm.pipeline.replay import Times, replay_local
 from eellm.pipeline.trace import (
     RankTrace,
     chrome_events,
@@ -148,13 +149,14 @@ def test_of_training(tmp_path):
     """The same writer takes what a trainer recorded; every rank calls it."""
     path = tmp_path / "trace.json"
 
-    def work(comm):
+    def work(group):
+        comm = group.comm
         made = _core.Replay(Schedule("gpipe", 2, 3).spec, np.full((4, 1), 1e-3), comm, 4096)
         made.record(1000)
         made.run()
         return write_trace(path, comm, made.recorded(), f"part {comm.rank}")
 
-    ranks = run_local(2, work, 30)
+    ranks = run_local(2, work)
     assert [each.name for each in ranks[1]] == ["part 0", "part 1"]
     events, _ = check_file(path, 2)
     assert len(slices(events, "actions")) == 12
