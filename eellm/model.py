@@ -175,9 +175,12 @@ class Model:
         """Family, sizes and exits in one line."""
         config = self.config
         exits = ", ".join(f"{each.position} {each.layer}" for each in config.exits) or "none"
+        part = ""
+        if self.group is not None and self.group.size > 1:
+            part = f", part {self.group.rank} of {self.group.size}"
         return (
             f"Model({config.model_type}, {self.num_parameters:,} parameters, "
-            f"{config.num_hidden_layers} layers, early exits: {exits})"
+            f"{config.num_hidden_layers} layers, early exits: {exits}{part})"
         )
 
     def _repr_html_(self) -> str:

@@ -16,7 +16,7 @@ PyObject *trace_array(struct ee_trace *trace) {
     PyObject *array = array_new(ARRAY_F64, 2, shape, &data);
     double *row = data;
     for (Py_ssize_t i = 0; array && i < shape[0]; i++, row += 9) {
-        const struct ee_event *e = &trace->events[i];
+        const struct ee_trace_event *e = &trace->events[i];
         const double values[] = {
             e->start,        e->end,           (double)e->bytes,      (double)e->kind,
             (double)e->what, (double)e->chunk, (double)e->microbatch, (double)e->peer,

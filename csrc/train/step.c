@@ -248,22 +248,51 @@ static void set_training(struct run *run) {
     run->training[early] = (struct ee_exit_training){1, 1, false};
 }
 
-/* A number that tells one input from another. */
-static int64_t fingerprint(const struct ee_trainer *trainer, const struct ee_step_input *input,
-                           const struct ee_step_settings *settings) {
-    uint64_t hash = 14695981039346656037u;
-    int64_t count = trainer->config.rows * trainer->microbatches;
+static uint64_t hash_bytes(uint64_t hash, const void *data, size_t bytes) {
+    const unsigned char *byte = data;
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ byte[i]) * 1099511628211u;
+    return hash;
+}
+
+/* Numbers of 32 bits, of which there are many. */
+static uint64_t hash_words(uint64_t hash, const void *data, int64_t count) {
+    const uint32_t *word = data;
     for (int64_t i = 0; i < count; i++)
-        hash = (hash ^ (uint32_t)input->token[i] ^ (uint64_t)(uint32_t)input->target[i] << 32) *
-               1099511628211u;
-    uint64_t rate;
-    memcpy(&rate, &settings->adamw.learning_rate, sizeof rate);
-    return (int64_t)((hash ^ rate) >> 1);
+        hash = (hash ^ word[i]) * 1099511628211u;
+    return hash;
+}
+
+/* A number that tells one step's input and settings from another's. */
+static int64_t fingerprint(const struct run *run) {
+    const struct ee_trainer *trainer = run->trainer;
+    const struct ee_step_input *input = run->input;
+    const struct ee_step_settings *s = run->settings;
+    int64_t all = trainer->config.rows * trainer->microbatches, boundaries = 0;
+    for (int32_t m = 0; m < trainer->microbatches; m++)
+        boundaries += input->segment_counts[m] + 1;
+    uint64_t hash = hash_words(14695981039346656037u, input->token, all);
+    hash = hash_words(hash, input->target, all);
+    hash = hash_words(hash, input->position, all);
+    hash = hash_words(hash, input->segment, boundaries);
+    hash = hash_words(hash, s->exit_weight, trainer->model->config.num_exits);
+    const double numbers[] = {s->adamw.learning_rate,
+                              s->adamw.beta1,
+                              s->adamw.beta2,
+                              s->adamw.eps,
+                              s->adamw.weight_decay,
+                              s->clip,
+                              s->max_loss,
+                              s->max_grad_norm,
+                              s->update};
+    hash = hash_bytes(hash, numbers, sizeof numbers);
+    hash = hash_bytes(hash, &s->dropout_seed, sizeof s->dropout_seed);
+    return (int64_t)(hash ^ hash >> 32);
 }
 
 /* All ranks have the same step before them; and the largest of their signals. */
 static enum ee_status agree(struct run *run, struct ee_step_result *result) {
-    int64_t mine = fingerprint(run->trainer, run->input, run->settings);
+    int64_t mine = fingerprint(run);
     int64_t values[] = {mine, ~mine, run->settings->signal};
     struct ee_action action = {"start of the step", -1};
     EE_TRY(ee_comm_all_reduce(run->trainer->comm, values, values, 3, EE_COMM_I64, EE_COMM_MAX,
@@ -464,8 +493,8 @@ static enum ee_status gather_tokens(struct ee_trainer *trainer,
                               EE_COMM_I32, EE_COMM_SUM, action);
 }
 
-enum ee_status ee_trainer_evaluate(struct ee_trainer *trainer, const struct ee_step_input *input,
-                                   int32_t count, struct ee_evaluation *evaluation) {
+static enum ee_status evaluate(struct ee_trainer *trainer, const struct ee_step_input *input,
+                               int32_t count, struct ee_evaluation *evaluation) {
     int32_t exits = trainer->model->params->exits;
     int64_t all = exits * trainer->config.rows * count;
     memset(evaluation->confidence, 0, (size_t)all * sizeof *evaluation->confidence);
@@ -477,6 +506,12 @@ enum ee_status ee_trainer_evaluate(struct ee_trainer *trainer, const struct ee_s
     EE_TRY(reduce_sums(trainer, run.sums));
     memcpy(evaluation->sums, run.sums, sizeof run.sums);
     return gather_tokens(trainer, evaluation, all);
+}
+
+enum ee_status ee_trainer_evaluate(struct ee_trainer *trainer, const struct ee_step_input *input,
+                                   int32_t count, struct ee_evaluation *evaluation) {
+    enum ee_status status = evaluate(trainer, input, count, evaluation);
+    return status == EE_OK ? EE_OK : recover(trainer, status);
 }
 
 double ee_trainer_flops(const struct ee_trainer *trainer) {

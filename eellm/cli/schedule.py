@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     shape = parser.add_argument_group("schedule")
     shape.add_argument(
-        "--name", default="1f1b", choices=("gpipe", "1f1b", "interleaved", "zero_bubble")
+        "--name",
+        choices=("gpipe", "1f1b", "interleaved", "zero_bubble"),
+        help="default 1f1b",
     )
     shape.add_argument("--ranks", type=int, metavar="P", help="of the pipeline; default 4")
     shape.add_argument("--microbatches", type=int, metavar="M", help="of a step; default 8")
@@ -81,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an exit, both ways; default a tenth of forward and backward",
     )
     costs.add_argument("--message", type=float, default=0.0, metavar="T", help="default 0")
-    costs.add_argument("--config", metavar="PATH", help="a run's TOML file or a model directory")
+    costs.add_argument(
+        "--config",
+        metavar="PATH",
+        help="a run's TOML file, whose [parallel] counts too, or a model directory",
+    )
     costs.add_argument(
         "--split", metavar="N,N", help="layers of each chunk, or cost for equal time"
     )
@@ -93,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     costs.add_argument(
         "--rank-edge",
         choices=("later", "earlier"),
-        default="later",
         help="whose an exit between two ranks is; default later",
     )
     _add_replay(parser)
@@ -169,6 +174,7 @@ def _make(options: argparse.Namespace) -> tuple[Schedule, Costs, bool]:
     """The schedule, its costs, and whether those are seconds and bytes."""
     from eellm.pipeline import Schedule
 
+    _take_settings(options)
     if options.load:
         for option in ("ranks", "microbatches", "chunks", "fill", "ratio"):
             if getattr(options, option) is not None:
@@ -205,6 +211,27 @@ def _make(options: argparse.Namespace) -> tuple[Schedule, Costs, bool]:
     return schedule, costs, options.config is not None
 
 
+def _take_settings(options: argparse.Namespace) -> None:
+    """Fills what is not given from the settings of a run, or with its default."""
+    options.recompute, options.exit_w = "none", "fused"
+    if options.config and not Path(options.config).is_dir():
+        from eellm.settings import build_sections, load_toml
+        from eellm.train.run import SCHEMA
+
+        sections = build_sections(SCHEMA, load_toml(options.config))
+        parallel = sections["parallel"]
+        options.recompute, options.exit_w = sections["train"].recompute, parallel.exit_w
+        if options.split is None:
+            split = ",".join(map(str, parallel.split))
+            options.split = split or ("cost" if parallel.balance == "cost" else None)
+        options.name = options.name or parallel.schedule
+        options.rank_edge = options.rank_edge or parallel.rank_edge
+        if options.chunks is None and options.name == parallel.schedule and not options.load:
+            options.chunks = parallel.chunks
+    options.name = options.name or "1f1b"
+    options.rank_edge = options.rank_edge or "later"
+
+
 def _costs(options: argparse.Namespace, ranks: int, chunks: int, exits: list[int]) -> Costs:
     """Uniform costs, or those of a model."""
     from eellm.pipeline import Costs
@@ -232,6 +259,8 @@ def _costs(options: argparse.Namespace, ranks: int, chunks: int, exits: list[int
         micro_batch_size=micro_batch,
         split=split,
         rank_edge=options.rank_edge,
+        recompute=options.recompute,
+        exit_w=options.exit_w,
         rates=Rates(flops=1e9 * options.gflops),
     )
     from dataclasses import replace

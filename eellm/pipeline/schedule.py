@@ -146,10 +146,12 @@ class Schedule:
         costs.check_fits(self)
         return Simulation(self, costs, self.walk(costs, False))
 
-    def walk(self, costs: Costs | None, trace: bool) -> dict[str, Any]:
-        """The walk of the core through all lists (csrc/train/walk.h)."""
+    def walk(
+        self, costs: Costs | None, trace: bool, grid: Any = None, time: float = 0.0
+    ) -> dict[str, Any]:
+        """The walk of the core through all lists (csrc/train/walk.h, `_core.schedule_walk`)."""
         prices = None if costs is None else costs.to_core()
-        return _core.schedule_walk(self.spec, prices, self.lists_for_core, trace)
+        return _core.schedule_walk(self.spec, prices, self.lists_for_core, trace, grid, time)
 
     def save(self, path: str | Path) -> None:
         """Writes the lists as JSON, a line for each rank."""
