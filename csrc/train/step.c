@@ -199,6 +199,7 @@ struct run {
     /* Denominators: in microbatches of Part 2, and in all others. */
     double full_tokens[EE_MAX_EXITS + 1], tokens[EE_MAX_EXITS + 1];
     double scale; /* of this rank's gradients */
+    bool alike;   /* until the ranks go separate ways, an error is the same on all */
     const struct ee_evaluation *evaluation;
     int32_t count; /* microbatches of an evaluation */
 };
@@ -426,6 +427,7 @@ static enum ee_status step(struct run *run, struct ee_step_result *result) {
         EE_FAIL(EE_ERR_INVALID,
                 "a step needs at least one token with a target, all %lld are masked",
                 (long long)trainer->config.rows * full);
+    run->alike = false;
     set_denominators(run, result->tokens);
     set_training(run);
     EE_TRY(run_actions(run));
@@ -433,11 +435,16 @@ static enum ee_status step(struct run *run, struct ee_step_result *result) {
     return run->settings->update ? update(run->trainer, run->settings, result) : EE_OK;
 }
 
-/* One rank alone can go on after an error: nobody waits for it. */
-static enum ee_status recover(struct ee_trainer *trainer, enum ee_status status) {
+/* After an error one rank alone can go on: nobody waits for it. Others would wait for a rank that
+ * fails alone, so it ends the job; that of a communicator ends by itself, and `alike` says that all
+ * ranks have the same error. */
+static enum ee_status recover(struct ee_trainer *trainer, enum ee_status status, bool alike) {
     struct ee_comm *comm = trainer->comm;
-    if (comm->size > 1)
+    if (comm->size > 1) {
+        if (!alike && status != EE_ERR_COMM)
+            ee_comm_abort(comm, ee_last_error());
         return status;
+    }
     if (trainer->own_comm) {
         ee_comm_destroy(trainer->own_comm);
         trainer->own_comm = NULL;
@@ -454,12 +461,12 @@ enum ee_status ee_trainer_step(struct ee_trainer *trainer, const struct ee_step_
                                const struct ee_step_settings *settings,
                                struct ee_step_result *result) {
     *result = (struct ee_step_result){0};
-    struct run run = {.trainer = trainer, .input = input, .settings = settings};
+    struct run run = {.trainer = trainer, .input = input, .settings = settings, .alike = true};
     enum ee_status status = step(&run, result);
     if (status == EE_OK)
         return EE_OK;
     ee_trainer_zero_gradients(trainer);
-    return recover(trainer, status);
+    return recover(trainer, status, run.alike);
 }
 
 static enum ee_status evaluate_action(void *arg, const struct ee_step_action *action, int32_t slot,
@@ -511,7 +518,7 @@ static enum ee_status evaluate(struct ee_trainer *trainer, const struct ee_step_
 enum ee_status ee_trainer_evaluate(struct ee_trainer *trainer, const struct ee_step_input *input,
                                    int32_t count, struct ee_evaluation *evaluation) {
     enum ee_status status = evaluate(trainer, input, count, evaluation);
-    return status == EE_OK ? EE_OK : recover(trainer, status);
+    return status == EE_OK ? EE_OK : recover(trainer, status, false);
 }
 
 double ee_trainer_flops(const struct ee_trainer *trainer) {
