@@ -112,8 +112,8 @@ static bool covered(const struct ee_schedule_spec *spec, int32_t rank, int64_t k
 
 /* The next microbatch and chunk. With several chunks, groups of P microbatches go through the
  * chunks one after the other; the last group is padded. */
-static void advance(const struct ee_schedule_spec *spec, struct ee_schedule_place *place,
-                    int32_t *microbatch, int32_t *chunk) {
+static inline void advance(const struct ee_schedule_spec *spec, struct ee_schedule_place *place,
+                           int32_t *microbatch, int32_t *chunk) {
     *microbatch = place->base + place->within;
     *chunk = place->chunk;
     place->within++;
@@ -126,11 +126,11 @@ static void advance(const struct ee_schedule_spec *spec, struct ee_schedule_plac
     }
 }
 
-static struct ee_step_action full_action(const struct ee_schedule_iterator *it, uint8_t kind,
-                                         int32_t microbatch, int32_t chunk) {
+static inline struct ee_step_action full_action(const struct ee_schedule_iterator *it, uint8_t kind,
+                                                int32_t microbatch, int32_t chunk) {
     const struct ee_schedule_spec *spec = it->spec;
-    int64_t global = (int64_t)chunk * spec->ranks + it->rank;
-    bool first = global == 0, last = global == (int64_t)spec->ranks * spec->chunks - 1;
+    bool first = chunk == 0 && it->rank == 0;
+    bool last = chunk == spec->chunks - 1 && it->rank == spec->ranks - 1;
     bool kept = covered(spec, it->rank, microbatch);
     bool below = it->rank > 0 && spec->fill2 > 0 ? covered(spec, it->rank - 1, microbatch) : true;
     uint8_t flags = 0;

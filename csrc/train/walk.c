@@ -18,9 +18,13 @@ struct channel {
 
 /* Full microbatches come in ascending order, so that a chunk knows them by counting. */
 struct chunk {
-    /* To this chunk: inputs, and gradients of outputs; of Part 1 apart. */
-    struct channel forward[2], backward[2];
+    struct channel forward, backward; /* to this chunk: inputs, and gradients of outputs */
     int32_t forwards, backwards, weights;
+};
+
+/* The same channels for microbatches of Part 1, which others may overtake. */
+struct part1 {
+    struct channel forward, backward;
 };
 
 struct rank {
@@ -41,6 +45,7 @@ struct walk {
     ee_walk_record *record;
     void *record_arg;
     struct chunk *chunks;
+    struct part1 *part1; /* [P v] where bubbles are filled, else NULL */
     struct rank *ranks;
     uint8_t *extras; /* [P, extra], enum extra */
     int32_t *queue;  /* ranks that may go on */
@@ -225,9 +230,9 @@ static void account(struct walk *w, const struct place *at) {
 
 static struct channel *channel_of(struct walk *w, const struct place *at, int32_t chunk) {
     int32_t m = at->action->microbatch - w->lists->microbatches;
-    struct chunk *c = &w->chunks[chunk];
-    struct channel *channels = at->forward ? c->forward : c->backward;
-    return &channels[m >= 0 && m < w->lists->fill1];
+    if (m >= 0 && m < w->lists->fill1)
+        return at->forward ? &w->part1[chunk].forward : &w->part1[chunk].backward;
+    return at->forward ? &w->chunks[chunk].forward : &w->chunks[chunk].backward;
 }
 
 /* How many messages of the action's kind the rank has sent that nobody has received. */
@@ -247,7 +252,7 @@ static bool has_to_wait(const struct walk *w, const struct place *at) {
     return *unreceived(&w->ranks[at->rank], at) >= limit;
 }
 
-static enum ee_status send(struct walk *w, const struct place *at, double end) {
+static inline enum ee_status send(struct walk *w, const struct place *at, double end) {
     int32_t to = at->chunk + (at->forward ? 1 : -1), P = w->lists->ranks;
     if (to < 0 || to >= P * w->lists->chunks)
         FAIL_AT(w, at, "there is no chunk to send to");
@@ -261,7 +266,7 @@ static enum ee_status send(struct walk *w, const struct place *at, double end) {
     return EE_OK;
 }
 
-static enum ee_status run(struct walk *w, const struct place *at, double ready) {
+static inline enum ee_status run(struct walk *w, const struct place *at, double ready) {
     struct rank *r = &w->ranks[at->rank];
     struct ee_rank_result *result = &w->result[at->rank];
     double start = r->clock > ready ? r->clock : ready, taken = cost_of(w, at);
@@ -343,8 +348,9 @@ static enum ee_status check_end(const struct walk *w) {
                     "rank %d, chunk %d: the list ends after %d forwards, %d backwards and %d "
                     "weight gradients of %d microbatches",
                     g % P, g / P, c->forwards, c->backwards, c->weights, M);
-        if (channel_head(&c->forward[0]) || channel_head(&c->backward[0]) ||
-            channel_head(&c->forward[1]) || channel_head(&c->backward[1]))
+        const struct part1 *p = w->part1 ? &w->part1[g] : NULL;
+        if (channel_head(&c->forward) || channel_head(&c->backward) ||
+            (p && (channel_head(&p->forward) || channel_head(&p->backward))))
             EE_FAIL(EE_ERR_INVALID, "rank %d, chunk %d: a message to it is never received", g % P,
                     g / P);
     }
@@ -360,6 +366,10 @@ static enum ee_status allocate(struct walk *w) {
     void *memory;
     EE_TRY(ee_alloc(&memory, G * sizeof *w->chunks, what));
     w->chunks = memory;
+    if (w->lists->fill1 > 0) {
+        EE_TRY(ee_alloc(&memory, G * sizeof *w->part1, what));
+        w->part1 = memory;
+    }
     EE_TRY(ee_alloc(&memory, P * sizeof *w->ranks, what));
     w->ranks = memory;
     EE_TRY(ee_alloc(&memory, P * ((size_t)w->lists->fill1 + (size_t)w->lists->fill2), what));
@@ -371,12 +381,15 @@ static enum ee_status allocate(struct walk *w) {
 
 static void release(struct walk *w) {
     for (int32_t g = 0; w->chunks && g < w->lists->ranks * w->lists->chunks; g++) {
-        for (int extra = 0; extra < 2; extra++) {
-            ee_free(w->chunks[g].forward[extra].ring);
-            ee_free(w->chunks[g].backward[extra].ring);
+        ee_free(w->chunks[g].forward.ring);
+        ee_free(w->chunks[g].backward.ring);
+        if (w->part1) {
+            ee_free(w->part1[g].forward.ring);
+            ee_free(w->part1[g].backward.ring);
         }
     }
     ee_free(w->chunks);
+    ee_free(w->part1);
     ee_free(w->ranks);
     ee_free(w->extras);
     ee_free(w->queue);
