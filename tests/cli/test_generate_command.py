@@ -233,7 +233,7 @@ def test_the_cache_is_as_large_as_the_texts_need(trained):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     options = parser.parse_args([str(trained), "--prompt", "def f", *map(str, SHORT)])
-    generator = command._load(options, ["def f", "class A"], command._settings(options))
+    generator = command._load(options, ["def f", "class A"], command._settings(options), None)
     longest = max(generator.tokenizer.encode(text).size for text in ("def f", "class A"))
     assert generator.max_length == longest + 12 < generator.config.max_position_embeddings
     assert generator.max_sequences == 2
