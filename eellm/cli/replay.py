@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 # What TIMES.json says in place of the command line.
 _SAID = (
-    "ranks", "microbatches", "chunks", "exits", "fill", "ratio", "load", "forward", "backward",
-    "weight", "exit_time", "config", "split", "micro_batch", "seq_length", "unit", "message_bytes",
-    "png", "svg", "save", "save_times",
+    "name", "rank_edge", "ranks", "microbatches", "chunks", "exits", "fill", "ratio", "load",
+    "forward", "backward", "weight", "exit_time", "config", "split", "micro_batch", "seq_length",
+    "unit", "message_bytes", "png", "svg", "save", "save_times",
 )  # fmt: skip
 
 
