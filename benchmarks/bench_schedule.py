@@ -3,7 +3,7 @@
     python benchmarks/bench_schedule.py [--only METRIC] [--json FILE] [--turns N]
 
 Table 1 of EE-LLM (Chen et al., ICML 2024): its row with both optimisations, from the sizes that the
-paper states; the model of costs stands in tests/pipeline/test_costs.py. The largest schedules have
+paper states (table1.py). The largest schedules have
 4,096 ranks and 16,384 microbatches, are generated, proved and priced, each in a process of its own.
 """
 
@@ -39,7 +39,7 @@ def side(name):
 
 def table_1():
     """Points between the simulated and the paper's overhead in time, of both models."""
-    from tests.pipeline.test_costs import ROWS, simulated
+    from benchmarks.table1 import ROWS, simulated
 
     row, errors = "early exits (1 and 2)", []
     for size in range(2):

@@ -489,20 +489,7 @@ static PyObject *recorded(PyObject *object, PyObject *unused) {
     struct trainer_object *self = (struct trainer_object *)object;
     if (!initialised(self) || !begin_step(self))
         return NULL;
-    const Py_ssize_t shape[] = {self->trace ? (Py_ssize_t)self->trace->count : 0, 9};
-    void *data;
-    PyObject *array = array_new(ARRAY_F64, 2, shape, &data);
-    double *row = data;
-    for (Py_ssize_t i = 0; array && i < shape[0]; i++, row += 9) {
-        const struct ee_trace_event *e = &self->trace->events[i];
-        const double values[] = {
-            e->start,        e->end,           (double)e->bytes,      (double)e->kind,
-            (double)e->what, (double)e->chunk, (double)e->microbatch, (double)e->peer,
-            (double)e->tag};
-        memcpy(row, values, sizeof values);
-    }
-    if (array && self->trace)
-        self->trace->count = 0;
+    PyObject *array = trace_array(self->trace);
     end_step(self);
     return array;
 }
