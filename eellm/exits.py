@@ -7,7 +7,7 @@ from typing import Any
 from eellm.errors import check_integer, check_one_of, invalid
 
 MAX_EXITS = 64
-MAX_LAYERS = 1024
+MAX_LAYERS = 4096
 HEADS: dict[str, tuple[str | None, str | None]] = {  # branch and norm of each shorthand
     "embedding": (None, None),
     "norm": (None, "own"),

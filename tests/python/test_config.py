@@ -98,7 +98,7 @@ SIZES = {
     "vocab_size": ("vocab_size", 1 << 24),
     "hidden_size": ("hidden_size", 1 << 20),
     "intermediate_size": ("intermediate_size", 1 << 24),
-    "num_layers": ("num_hidden_layers", 1024),
+    "num_layers": ("num_hidden_layers", 4096),
     "num_heads": ("num_attention_heads", 1 << 12),
     "num_kv_heads": ("num_key_value_heads", 1 << 12),
     "head_dim": ("head_dim", 1 << 12),
