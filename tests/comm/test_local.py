@@ -156,6 +156,10 @@ def test_split():
         ),
     ],
 )
+def test_equal_keys_keep_the_order_of_ranks():
+    assert succeed(4, lambda comm: comm.split(0, 7).rank) == [0, 1, 2, 3]
+
+
 def test_deadline(body, text):
     over = threading.Event()
 
