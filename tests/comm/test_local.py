@@ -130,6 +130,10 @@ def test_split():
                                 (0, 2, 22, "local", 2), None]  # fmt: skip
 
 
+def test_equal_keys_keep_the_order_of_ranks():
+    assert succeed(4, lambda comm: comm.split(0, 7).rank) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
@@ -156,10 +160,6 @@ def test_split():
         ),
     ],
 )
-def test_equal_keys_keep_the_order_of_ranks():
-    assert succeed(4, lambda comm: comm.split(0, 7).rank) == [0, 1, 2, 3]
-
-
 def test_deadline(body, text):
     over = threading.Event()
 
