@@ -172,8 +172,8 @@ def test_deadline(body, text):
             body(comm)
         finally:
             over.set()
-            # Twice the timeout, and a second that other processes may take the cores for.
-            assert 0.25 <= time.monotonic() - start < 0.5 + 1
+            # Twice the timeout, and some seconds that other processes may take the cores for.
+            assert 0.25 <= time.monotonic() - start < 0.5 + 5
 
     results = run_ranks(3, run, 0.25)
     assert all(isinstance(result, eellm.CommError) for result in results)

@@ -29,11 +29,12 @@ def times_of(schedule, forward=2e-3, size=1 << 16, **costs):
 def test_every_schedule(name, chunks, ranks, microbatches):
     times = times_of(Schedule(name, ranks, microbatches, chunks))
     found = replay_local(times, steps=3, warmup=1, timeout=30)
-    # Waits are as long as they should be on average; nothing is quicker than the simulation, and
-    # on a machine with little to do not much is slower. Others may be at work on this one.
+    # Waits are as long as they should be on average, and nothing is quicker than the simulation.
+    # How much is slower depends on what else the machine does; ranks one after the other would
+    # take up to four times as long.
     assert found.simulated.time == times.simulate().time
     assert found.steps.min() > 0.97 * found.simulated.time
-    assert found.seconds < 3 * found.simulated.time
+    assert found.steps.min() < 2.5 * found.simulated.time
     assert (found.busy > 0.97 * found.simulated.busy).all()
 
 
@@ -49,7 +50,8 @@ def test_times_of_single_chunks():
         for event in each.of(0):
             median[each.rank, KINDS[int(event[4])]] = event[1] - event[0]
     for (rank, kind), measured in median.items():
-        assert measured == pytest.approx(seconds[kind][rank], abs=2e-3), (rank, kind)
+        wanted = seconds[kind][rank]
+        assert 0.9 * wanted < measured < wanted + 8e-3, (rank, kind)
     assert len(median) == 6
 
 

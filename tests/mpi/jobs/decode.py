@@ -37,9 +37,9 @@ def texts(comm, folder):
     prompts = ["Zwölf", "naïve", "V" * 300]
     alone = Generator.from_pretrained(folder, threads=1)
     with closing(Generator.from_pretrained(folder, comm=comm)) as spread:
-        comm.timeout = 1.0
+        comm.timeout = 2.0
         for settings in SETTINGS:
-            time.sleep(1.5)  # longer than a wait may last: nobody waits for requests
+            time.sleep(2.5)  # longer than a wait may last: nobody waits for requests
             found = _told(spread.generate(prompts, **settings))
             wanted = _told(alone.generate(prompts, **settings))
             print(json.dumps([found == wanted, len(set(found[0][1]))]))

@@ -33,8 +33,8 @@ _, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 
 KIND = r"\(tag \d+, (forward|backward) of microbatch \d\)$"
 OVERDUE = [
-    rf"^rank (\d): no message from rank (\d) within 0.3 s {KIND}",
-    rf"^rank (\d): rank (\d) did not receive a message within 0.3 s {KIND}",
+    rf"^rank (\d): no message from rank (\d) within 0.8 s {KIND}",
+    rf"^rank (\d): rank (\d) did not receive a message within 0.8 s {KIND}",
 ]
 
 
@@ -47,10 +47,10 @@ def test_a_rank_that_sleeps(sleeper, action):
 
     def work(rank, comm):
         model = layout.model(config, rank, values)
-        fault = ("delay", 1, action, 1.2) if rank == sleeper else None
+        fault = ("delay", 1, action, 3.0) if rank == sleeper else None
         trainer = layout.trainer(model, comm, 5, fault=fault)
         trainer.step(*data.values(), **settings_of(config))
-        comm.timeout = 0.3
+        comm.timeout = 0.8
         trainer.step(*data.values(), **settings_of(config))
 
     ended = run_ranks(4, work)
