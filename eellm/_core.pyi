@@ -412,6 +412,14 @@ def comm_self() -> Comm:
 def comm_local(size: int, timeout: float = 300.0) -> list[Comm]:
     """The communicators of ranks that are threads of this process, one for each thread."""
 
+def comm_grid(
+    comm: Comm, data: int, tensor: int, pipeline: int, /
+) -> tuple[tuple[int, int, int], list[Comm]]:
+    """The process grid (csrc/comm/grid.h): this rank's coordinates (data, tensor, pipeline), and
+    for each the communicator of the ranks that differ in it alone. A collective. Raises ValueError
+    unless the factors multiply to the ranks of `comm`, NotImplementedError for data or tensor
+    above 1."""
+
 def comm_adopt(capsule: Any, /) -> Comm:
     """Takes over the communicator that a transport made, in a capsule named "eellm.comm"."""
 

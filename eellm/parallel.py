@@ -71,28 +71,35 @@ class ParallelConfig:
 class Group:
     """The ranks that train a model together, as one of them sees it.
 
-    comm: of all ranks of the job (`eellm.distributed.world()`, or one of `_core.comm_local`).
+    comm: of all ranks of the job (`eellm.distributed.world()`, or one of `_core.comm_local`). They
+    form the grid data x tensor x pipeline of the config; `pipeline` is the communicator of this
+    rank's pipeline. Raises ValueError unless the factors multiply to the ranks of the job. A
+    collective.
     """
 
     def __init__(self, comm: Comm, config: ParallelConfig | None = None) -> None:
+        from eellm import _core
+
         self.comm, self.config = comm, config or ParallelConfig()
         comm.timeout = self.config.timeout
-        check_grid(self.config, comm.size)
+        data, tensor = self.config.data, self.config.tensor
+        pipeline = self.config.pipeline or max(1, comm.size // (data * tensor))
+        self.place, (_, _, self.pipeline) = _core.comm_grid(comm, data, tensor, pipeline)
 
     @property
     def rank(self) -> int:
         """This rank of the pipeline."""
-        return self.comm.rank
+        return self.pipeline.rank
 
     @property
     def size(self) -> int:
         """Ranks of the pipeline."""
-        return self.comm.size
+        return self.pipeline.size
 
     @property
     def first(self) -> bool:
         """Whether this rank speaks for all: it logs, and writes what one alone can write."""
-        return self.rank == 0
+        return self.comm.rank == 0
 
     @cached_property
     def peers(self) -> Peers:
@@ -180,25 +187,7 @@ class Group:
         return found
 
     def __repr__(self) -> str:
-        return f"Group(rank {self.rank} of {self.size}, {self.comm.transport})"
-
-
-def check_grid(config: ParallelConfig, ranks: int) -> None:
-    """Raises unless data x tensor x pipeline are the ranks of the job."""
-    pipeline = config.pipeline or ranks // (config.data * config.tensor)
-    if config.data * config.tensor * pipeline != ranks:
-        got = Shown(f"{config.data} x {config.tensor} x {pipeline}")
-        raise invalid(
-            "data x tensor x pipeline is wrong",
-            f"the {ranks} ranks of the job",
-            got,
-            "change a factor in [parallel], or start as many ranks as they need",
-        )
-    if config.data * config.tensor != 1:
-        raise NotImplementedError(
-            f"only pipeline parallelism is built so far (expected data = 1 and tensor = 1, got "
-            f"{config.data} and {config.tensor}); set pipeline = {ranks}"
-        )
+        return f"Group(rank {self.comm.rank} of {self.comm.size}, {self.comm.transport})"
 
 
 def run_local(

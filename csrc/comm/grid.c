@@ -1,7 +1,5 @@
 #include "comm/grid.h"
 
-#include "base/alloc.h"
-
 enum ee_status ee_grid_check(struct ee_grid_size size, int ranks) {
     if (size.data < 1 || size.tensor < 1 || size.pipeline < 1)
         EE_FAIL(EE_ERR_INVALID,
@@ -30,14 +28,14 @@ int ee_grid_rank(struct ee_grid_size size, struct ee_grid_place place) {
 }
 
 /* The group of a coordinate is named by the lowest rank in it, whose coordinate is 0. */
-static enum ee_status split(struct ee_grid *grid, struct ee_comm **out, struct ee_grid_place lowest,
-                            int coordinate) {
-    return ee_comm_split(grid->world, out, ee_grid_rank(grid->size, lowest), coordinate);
+static enum ee_status split(const struct ee_grid *grid, struct ee_comm *world, struct ee_comm **out,
+                            struct ee_grid_place lowest, int coordinate) {
+    return ee_comm_split(world, out, ee_grid_rank(grid->size, lowest), coordinate);
 }
 
-enum ee_status ee_grid_create(struct ee_grid **out, struct ee_comm *world,
+enum ee_status ee_grid_create(struct ee_grid *grid, struct ee_comm *world,
                               struct ee_grid_size size) {
-    *out = NULL;
+    *grid = (struct ee_grid){.size = size};
     EE_TRY(ee_comm_check(world));
     EE_TRY(ee_grid_check(size, world->size));
     if (size.data > 1 || size.tensor > 1)
@@ -45,18 +43,14 @@ enum ee_status ee_grid_create(struct ee_grid **out, struct ee_comm *world,
                 "only pipeline parallelism is built so far, got data = %d and tensor = %d; use "
                 "data = 1, tensor = 1, pipeline = %d",
                 size.data, size.tensor, world->size);
-    void *memory;
-    EE_TRY(ee_alloc(&memory, sizeof(struct ee_grid), "the process grid"));
-    struct ee_grid *grid = memory;
     struct ee_grid_place at = ee_grid_place(size, world->rank);
-    *grid = (struct ee_grid){.size = size, .place = at, .world = world};
     struct ee_grid_place no_data = at, no_tensor = at, no_pipeline = at;
     no_data.data = no_tensor.tensor = no_pipeline.pipeline = 0;
+    grid->place = at;
     enum ee_status status;
-    EE_GOTO(status, split(grid, &grid->data, no_data, at.data), fail);
-    EE_GOTO(status, split(grid, &grid->tensor, no_tensor, at.tensor), fail);
-    EE_GOTO(status, split(grid, &grid->pipeline, no_pipeline, at.pipeline), fail);
-    *out = grid;
+    EE_GOTO(status, split(grid, world, &grid->data, no_data, at.data), fail);
+    EE_GOTO(status, split(grid, world, &grid->tensor, no_tensor, at.tensor), fail);
+    EE_GOTO(status, split(grid, world, &grid->pipeline, no_pipeline, at.pipeline), fail);
     return EE_OK;
 fail:
     ee_grid_destroy(grid);
@@ -64,10 +58,8 @@ fail:
 }
 
 void ee_grid_destroy(struct ee_grid *grid) {
-    if (!grid)
-        return;
     ee_comm_destroy(grid->pipeline);
     ee_comm_destroy(grid->tensor);
     ee_comm_destroy(grid->data);
-    ee_free(grid);
+    grid->pipeline = grid->tensor = grid->data = NULL;
 }

@@ -21,7 +21,6 @@ struct ee_grid_place {
 struct ee_grid {
     struct ee_grid_size size;
     struct ee_grid_place place; /* of this rank */
-    struct ee_comm *world;      /* the caller's; must outlive the grid */
     struct ee_comm *data;       /* replicas of the same parameters */
     struct ee_comm *tensor;     /* parts of the same layers */
     struct ee_comm *pipeline;   /* stages of the same replica, in order */
@@ -35,11 +34,12 @@ struct ee_grid_place ee_grid_place(struct ee_grid_size size, int rank);
 int ee_grid_rank(struct ee_grid_size size, struct ee_grid_place place);
 
 /* A collective of all ranks of `world`: makes the three communicators, on every rank in the same
- * order (data, tensor, pipeline). EE_ERR_UNSUPPORTED for now: data or tensor above 1. */
-EE_WARN_UNUSED enum ee_status ee_grid_create(struct ee_grid **out, struct ee_comm *world,
+ * order (data, tensor, pipeline); they are the caller's. After an error there is none.
+ * EE_ERR_UNSUPPORTED for now: data or tensor above 1. */
+EE_WARN_UNUSED enum ee_status ee_grid_create(struct ee_grid *grid, struct ee_comm *world,
                                              struct ee_grid_size size);
 
-/* Frees the three communicators, not `world`. NULL is allowed. */
+/* Frees the three communicators. */
 void ee_grid_destroy(struct ee_grid *grid);
 
 EE_EXTERN_C_END

@@ -145,6 +145,9 @@ static PyMethodDef methods[] = {
     {"comm_local", (PyCFunction)(void (*)(void))comm_local, METH_VARARGS | METH_KEYWORDS,
      "comm_local($module, /, size, timeout=300.0)\n--\n\n"
      "The communicators of ranks that are threads."},
+    {"comm_grid", comm_grid, METH_VARARGS,
+     "comm_grid($module, comm, data, tensor, pipeline, /)\n--\n\n"
+     "This rank's place in the process grid, and the communicators of its coordinates."},
     {"comm_adopt", comm_adopt, METH_O,
      "comm_adopt($module, capsule, /)\n--\n\nTakes over the communicator of a transport."},
     {"host", comm_host, METH_NOARGS, "host($module, /)\n--\n\nWhat transports get from the core."},

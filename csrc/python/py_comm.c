@@ -2,6 +2,7 @@
 #include "python/py_util.h"
 
 #include "base/alloc.h"
+#include "comm/grid.h"
 #include "comm/host.h"
 
 struct comm_object {
@@ -443,6 +444,29 @@ PyObject *comm_local(PyObject *module, PyObject *args, PyObject *kwargs) {
     PyObject *list = status == EE_OK ? wrap_list(state, comms, size) : raise_status(state, status);
     PyMem_Free(comms);
     return list;
+}
+
+/* ((data, tensor, pipeline), three communicators); takes them, or destroys them. */
+static PyObject *wrap_grid(struct module_state *state, const struct ee_grid *grid) {
+    struct ee_comm *comms[] = {grid->data, grid->tensor, grid->pipeline};
+    PyObject *list = wrap_list(state, comms, 3);
+    const struct ee_grid_place *at = &grid->place;
+    return list ? Py_BuildValue("(iii)N", at->data, at->tensor, at->pipeline, list) : NULL;
+}
+
+PyObject *comm_grid(PyObject *module, PyObject *args) {
+    struct module_state *state = module_state(module);
+    struct ee_grid_size size;
+    struct ee_grid grid;
+    PyObject *world;
+    if (!PyArg_ParseTuple(args, "Oiii:comm_grid", &world, &size.data, &size.tensor, &size.pipeline))
+        return NULL;
+    struct ee_comm *comm = comm_of(state, world, "comm");
+    if (!comm || !begin_comm(world))
+        return NULL;
+    enum ee_status status;
+    RUN_COMM(status, world, ee_grid_create(&grid, comm, size));
+    return status == EE_OK ? wrap_grid(state, &grid) : raise_status(state, status);
 }
 
 PyObject *comm_adopt(PyObject *module, PyObject *capsule) {

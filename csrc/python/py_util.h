@@ -146,6 +146,7 @@ PyObject *schedule_buffers(PyObject *module, PyObject *args);
 /* Where communicators come from, and what the core gives to their transports (py_comm.c). */
 PyObject *comm_self(PyObject *module, PyObject *unused);
 PyObject *comm_local(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *comm_grid(PyObject *module, PyObject *args);
 PyObject *comm_adopt(PyObject *module, PyObject *capsule);
 PyObject *comm_host(PyObject *module, PyObject *unused);
 

@@ -238,7 +238,7 @@ def replay_local(
 
     found = run_local(
         times.schedule.ranks,
-        lambda group: replay(times, group.comm, steps=steps, warmup=warmup, trace=trace),
+        lambda group: replay(times, group.pipeline, steps=steps, warmup=warmup, trace=trace),
         ParallelConfig(timeout=timeout),
     )
     return found[0]

@@ -153,7 +153,7 @@ class Trainer:
             rows=config.micro_batch_size * config.seq_length,
             schedule=self.schedule.spec,
             lists=lists,
-            comm=None if group is None else group.comm,
+            comm=None if group is None else group.pipeline,
             recompute=config.recompute,
             defer_exits=group is not None and group.config.exit_w == "deferred",
             exit_temperature=rates.per_exit(config.exit_temperature, self._exits),
@@ -325,7 +325,7 @@ class Trainer:
         if self._trace is None:
             return None
         comm = _core.comm_self() if self.group is None else self.group.comm
-        actions = len(self.schedule.actions(comm.rank))
+        actions = len(self.schedule.actions(0 if self.group is None else self.group.rank))
         return Tracer(self._trace, self.core, comm, self.config.steps - self.done, actions)
 
     def _asked_to_stop(self, signals: StopSignals) -> bool:

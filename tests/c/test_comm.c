@@ -256,29 +256,28 @@ static enum ee_status note_split(struct ee_comm *comm, struct ee_comm **out, int
 
 static void test_grid(void) {
     struct ee_comm *self;
-    struct ee_grid *grid;
+    struct ee_grid grid;
     struct ee_grid_size one = {1, 1, 1}, four = {.data = 1, .tensor = 1, .pipeline = 4};
     EE_EXPECT_OK(ee_comm_self(&self));
     EE_EXPECT_OK(ee_grid_create(&grid, self, one));
-    EE_EXPECT(grid->world == self && grid->data->size == 1 && grid->pipeline->size == 1);
-    EE_EXPECT(grid->tensor->size == 1 && grid->place.pipeline == 0);
-    ee_grid_destroy(grid);
-    ee_grid_destroy(NULL);
+    EE_EXPECT(grid.data->size == 1 && grid.pipeline->size == 1);
+    EE_EXPECT(grid.tensor->size == 1 && grid.place.pipeline == 0);
+    ee_grid_destroy(&grid);
     EE_EXPECT_STATUS(ee_grid_create(&grid, self, four), EE_ERR_INVALID, "pipeline = 4");
-    EE_EXPECT(!grid);
+    EE_EXPECT(!grid.data && !grid.tensor && !grid.pipeline);
 
     struct noted noted = {.comm = *self, .self = self};
     noted.comm.size = 4;
     noted.comm.rank = 2;
     noted.comm.split = note_split;
     EE_EXPECT_OK(ee_grid_create(&grid, &noted.comm, four));
-    EE_EXPECT(grid->place.pipeline == 2 && grid->place.data == 0 && grid->place.tensor == 0);
+    EE_EXPECT(grid.place.pipeline == 2 && grid.place.data == 0 && grid.place.tensor == 0);
     EE_EXPECT(noted.splits == 3);
     /* Alone in data and tensor; the pipeline is one group, ordered by stage. */
     EE_EXPECT(noted.colour[0] == 2 && noted.key[0] == 0);
     EE_EXPECT(noted.colour[1] == 2 && noted.key[1] == 0);
     EE_EXPECT(noted.colour[2] == 0 && noted.key[2] == 2);
-    ee_grid_destroy(grid);
+    ee_grid_destroy(&grid);
 
     struct ee_grid_size data = {.data = 2, .tensor = 1, .pipeline = 2};
     struct ee_grid_size tensor = {.data = 1, .tensor = 4, .pipeline = 1};
@@ -297,10 +296,10 @@ static enum ee_status make_comm(void) {
 
 static enum ee_status make_grid(void) {
     struct ee_comm *comm;
-    struct ee_grid *grid;
+    struct ee_grid grid;
     EE_TRY(ee_comm_self(&comm));
     enum ee_status status = ee_grid_create(&grid, comm, (struct ee_grid_size){1, 1, 1});
-    ee_grid_destroy(grid);
+    ee_grid_destroy(&grid);
     ee_comm_destroy(comm);
     return status;
 }

@@ -140,7 +140,7 @@ def test_resume_in_another_layout(folder, alone):
     ("arguments", "text"),
     [
         (["--set=parallel.split=[1, 1]"], "split is invalid"),
-        (["--set=parallel.data=3"], "data x tensor x pipeline is wrong"),
+        (["--set=parallel.data=3"], "data = 3 times tensor = 1 times pipeline = 1 must be"),
     ],
 )
 def test_what_does_not_fit_is_said_once(arguments, text, folder):

@@ -248,8 +248,8 @@ class Broken:
 @pytest.mark.parametrize(
     ("ranks", "options", "text"),
     [
-        (3, {"data": 2}, r"wrong \(expected the 3 ranks of the job, got"),
-        (2, {"pipeline": 4}, r"the 2 ranks of the job, got 1 x 1 x 4"),
+        (3, {"data": 2}, "data = 2 times tensor = 1 times pipeline = 1 must be .* got 3"),
+        (2, {"pipeline": 4}, "pipeline = 4 must be the number of ranks, got 2"),
         (2, {"split": (8, 1)}, "split is invalid"),
         (2, {"chunks": 8, "schedule": "interleaved"}, "8 layers cannot be split"),
         (4, {"bubble_fill": "replaced", "bubble_fill_counts": (3, 3)}, "global batch is too small"),
