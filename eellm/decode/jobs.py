@@ -12,11 +12,12 @@ import numpy.typing as npt
 from eellm.decode.generation import Generation, Piece
 from eellm.decode.scores import Scores
 from eellm.decode.stopping import TextStream
+from eellm.errors import Shown, invalid
 
 if TYPE_CHECKING:
     from eellm._core import Engine
     from eellm.config import ModelConfig
-    from eellm.decode.prompts import Prompt
+    from eellm.decode.prompts import Prompt, Prompts, Reader
     from eellm.decode.settings import Settings
 
 Events = npt.NDArray[np.void]
@@ -230,3 +231,32 @@ class Scoring:
             exit_names=exit_names(config),
             exit_depths=exit_depths(config),
         )
+
+
+def by_sequence(events: Events) -> Iterator[tuple[int, Events]]:
+    """The events of each sequence, in order."""
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(events["sequence"].tolist()):
+        places.setdefault(number, []).append(place)
+    for number, at in places.items():
+        together = at[-1] - at[0] == len(at) - 1
+        yield number, events[at[0] : at[-1] + 1] if together else events[at]
+
+
+def prepare(
+    config: ModelConfig, reader: Reader, prompts: Prompts, settings: Settings, live: bool
+) -> tuple[bool, list[Writing]]:
+    """Whether there is one prompt, and a text for every sample of every prompt."""
+    options = settings.options(config)
+    single, each_prompt, tokenizer = reader.read(
+        prompts, settings.add_bos, new_tokens=int(settings.max_new_tokens)
+    )
+    if settings.stops and tokenizer is None:
+        advice = "pass tokenizer=..., or end texts with stop_token_ids"
+        raise invalid("stop needs a tokenizer", "a model with one", Shown("none"), advice)
+    texts = []
+    for i, prompt in enumerate(each_prompt):
+        for sample in range(settings.n):
+            decoder = tokenizer.stream(prompt.tokens) if tokenizer else None
+            texts.append(Writing(prompt, (i, sample), decoder, settings, options, live))
+    return single, texts

@@ -17,37 +17,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from eellm.errors import Shown, invalid
+from eellm.errors import invalid
 
 if TYPE_CHECKING:
     from eellm._core import Comm, Engine
     from eellm.config import ModelConfig
 
-__all__ = ["Servers", "bounds_of", "load_rank", "part_of", "serve", "spread", "threads_of"]
+__all__ = ["Servers", "load_rank", "part_of", "serve", "spread", "threads_of"]
 
-Part = tuple[int, int, int, npt.NDArray[np.int32] | None, bool, bool]
+Part = tuple[int, int, int, npt.NDArray[np.int32], bool, bool]
 Trace = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]
 
 _JOIN_SECONDS = 10.0
 
 
-def bounds_of(split: Sequence[int] | None, ranks: int, layers: int) -> npt.NDArray[np.int32] | None:
-    """Where the layers of each rank begin and end; None for equal shares.
+def part_of(
+    config: ModelConfig, ranks: int, rank: int, split: Sequence[int] | None = None
+) -> Part | None:
+    """The part of a rank, as `_core.Model` takes it; None for the whole model.
 
-    split: how many layers each rank has.
+    split: how many layers each rank has, by default equal shares.
     """
-    if split is None:
-        return None
-    counts = [int(count) for count in split]
-    if len(counts) != ranks or min(counts) < 1 or sum(counts) != layers:
-        expected = f"{ranks} counts of layers above 0 that add up to {layers}"
-        raise invalid("split is invalid", expected, counts)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    from eellm.pipeline import Layout
 
-
-def part_of(ranks: int, rank: int, bounds: npt.NDArray[np.int32] | None) -> Part | None:
-    """The part of a rank, as `_core.Model` takes it; None for the whole model."""
-    return None if ranks == 1 else (ranks, 1, rank, bounds, False, False)
+    bounds = Layout.of(config, ranks, split=split).bounds
+    return None if ranks == 1 else (ranks, 1, rank, np.array(bounds, np.int32), False, False)
 
 
 def threads_of(threads: int, ranks: int) -> int:
@@ -120,13 +114,12 @@ def load_rank(
     from eellm.files.directory import read_config
 
     given = dict(options)
-    layers = read_config(Path(folder)).num_hidden_layers
-    bounds = bounds_of(given.pop("split", None), comm.size, layers)
+    whole = read_config(Path(folder))
     config, _, engine = packed.load_engine(
         folder,
         threads=threads,
         progress=progress,
-        part=part_of(comm.size, comm.rank, bounds),
+        part=part_of(whole, comm.size, comm.rank, given.pop("split", None)),
         comm=comm,
         **given,
     )
@@ -153,15 +146,3 @@ def serve(path: str | os.PathLike[str], comm: Comm, threads: int = 0) -> None:
     folder = find_folder(path)
     _, engine = load_rank(folder, comm, options, threads or threads_per_rank())
     engine.serve()
-
-
-def check_ranks(ranks: int, engine: str, layers: int) -> None:
-    """Refuses a number of ranks that a model or an engine has no use for."""
-    if ranks > layers:
-        advice = "every rank needs a layer"
-        raise invalid("ranks is too large", f"at most the model's {layers} layers", ranks, advice)
-    if ranks > 1 and engine not in ("pipeline", "full"):
-        advice = 'leave engine out, or use engine "pipeline"'
-        raise invalid(
-            f'engine "{engine}" runs on one rank', "1 rank", Shown(f"{ranks} ranks"), advice
-        )

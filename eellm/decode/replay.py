@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eellm.decode.pipeline import Servers, part_of, spread
+from eellm.decode.pipeline import Servers, spread
 
 if TYPE_CHECKING:
     from eellm._core import Comm, Engine
@@ -42,7 +42,7 @@ def replay_engine(comm: Comm, stage_seconds: float, hidden_size: int = 4096) -> 
     from eellm import _core
 
     # An exit between two ranks belongs to the earlier one.
-    part = (comm.size, 1, comm.rank, None, True, False) if comm.size > 1 else part_of(1, 0, None)
+    part = (comm.size, 1, comm.rank, None, True, False) if comm.size > 1 else None
     model = _core.Model(_config(comm.size, hidden_size), threads=1, weights=False, part=part)
     return _core.Engine(
         model, empty=True, comm=comm, stage_seconds=stage_seconds, max_length=4096, trace=4096

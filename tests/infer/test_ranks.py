@@ -12,7 +12,7 @@ import pytest
 from eellm.config import ExitConfig, ModelConfig
 from eellm.data import train_bpe
 from eellm.decode import Generator, generate
-from eellm.decode.pipeline import bounds_of, threads_of
+from eellm.decode.pipeline import part_of, threads_of
 from eellm.decode.replay import latencies, replay_ranks
 from eellm.model import Model
 from tests.infer.models import fill
@@ -146,7 +146,7 @@ def test_what_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="engine"):
         Generator(model, engine="fast")
     for split in ((2, 3), (4,), (0, 4), (1, 1, 2)):
-        with pytest.raises(ValueError, match="split is invalid"):
+        with pytest.raises(ValueError, match="(split|layers of a chunk) is invalid"):
             Generator(model, ranks=2, split=split)
     assert not _servers()
     # One rank takes the engine too.
@@ -155,9 +155,11 @@ def test_what_is_refused(model, tokenizer):
     _equal(one.generate("Zwölf", **SETTINGS), wanted)
 
 
-def test_splits():
-    assert bounds_of(None, 3, 8) is None
-    assert bounds_of([1, 5, 2], 3, 8).tolist() == [0, 1, 6, 8]
+def test_splits(model):
+    config = model.config
+    assert part_of(config, 1, 0) is None
+    assert part_of(config, 2, 1)[3].tolist() == [0, 2, 4]
+    assert part_of(config, 3, 1, [1, 1, 2])[3].tolist() == [0, 1, 2, 4]
     assert threads_of(8, 3) == 2 and threads_of(1, 4) == 1 and threads_of(0, 1) == 0
 
 
