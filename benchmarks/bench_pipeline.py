@@ -37,7 +37,7 @@ SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1))
 # Waits of a chunk in the replays, half of the backward for weights; of a rank and of an exit where
 # exits are replayed: these have no norm, the final head has one. Their bound knows no messages.
 FORWARD, BACKWARD = 20e-3, 20e-3
-LAYER, EXIT, HEAD = (20e-3, 14e-3), 5e-3, 6e-3
+LAYER, EXIT, HEAD = (20e-3, 14e-3), 5e-3, 5e-3
 METRICS = (
     "pipeline_2_ranks_of_simulator", "pipeline_2_ranks_zero_bubble", "timed_replay_of_simulator",
     "exits_on_4_ranks_over_bound", "plan_time_error", "plan_bytes_error",
@@ -169,6 +169,15 @@ class Training:
         )  # fmt: skip
         return time.perf_counter() - start
 
+    def overlap(self, steps=3):
+        """The part of the messages' time behind actions (eellm.pipeline.trace)."""
+        from eellm.pipeline.trace import gather, overlap_share
+
+        self.trainer.record(1 << 14)
+        for _ in range(steps):
+            self.step()
+        return overlap_share(gather(self.comm, self.trainer.recorded()))
+
     def bytes(self):
         """What each rank has allocated."""
         mine = np.array([sum(self.trainer.memory.values())], np.int64)
@@ -189,7 +198,7 @@ def side_train(comm, case):
         return dict(
             predicted=(before.seconds + after.seconds) / 2, real=real,
             weight=float((costs.backward_weight / split).min()),
-            planned=[each.total for each in after.memory],
+            planned=[each.total for each in after.memory], overlap=made.overlap(),
         )  # fmt: skip
 
     return dict(turns=quiet_turns(comm, case["turns"], turn), bytes=made.bytes())
@@ -203,7 +212,9 @@ def of_simulator(metric, name, options):
     found = run_job(2, "train", case)["turns"]
     shares = [turn["predicted"] / turn["real"] for turn in found]
     config = dict(sizes, layout=layout, weight_share=median([t["weight"] for t in found]),
-                  others=median([t["load"] for t in found]))  # fmt: skip
+                  others=median([t["load"] for t in found]),
+                  overlap=[t["overlap"] for t in found])  # fmt: skip
+    print(f"{name}, 2 ranks: {median(config['overlap']):.2f} of messages' time behind actions")
     return record(
         metric, median([t["real"] for t in found]), "s", [t["real"] for t in found],
         limit=median([t["predicted"] for t in found]), limit_share=median(shares),

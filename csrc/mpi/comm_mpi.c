@@ -6,17 +6,19 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/prctl.h>
 
 #define MEBIBYTE ((size_t)1 << 20)
 
-/* A wait gives its core to others by yielding for so long, then by naps: short ones for the time
- * that its bytes take at a modest rate, since MPI may copy them piece by piece when it is called,
- * then longer ones. */
-#define YIELD_SECONDS 50e-6
+/* A wait polls and yields for so long, and for the time that its bytes take at a modest rate, since
+ * MPI may copy them piece by piece when it is called: to be woken from a nap costs more than most
+ * messages take. Where a yield lasts, another thread computes on this core, and is left alone for a
+ * nap; later all are naps, which grow with the wait. */
+#define YIELD_SECONDS 50e-3
+#define LONG_YIELD 1e-3
 #define SECONDS_PER_BYTE 1e-9
-#define SHORTEST_NAP 20e-6
-#define LONGEST_NAP 200e-6
+#define PART_OF_WAIT 2e-3
+#define SHORTEST_NAP 100e-6
+#define LONGEST_NAP 1e-3
 
 static const char *const collective_names[] = {
     [CALL_SPLIT] = "split",           [CALL_ALL_REDUCE] = "all-reduce",
@@ -143,16 +145,17 @@ static enum ee_status start(struct ee_comm *comm, ee_comm_request *request,
 
 /* -- Wait ----------------------------------------------------------------------------------- */
 
-static void give_way(double waited, double transfer, bool *napping) {
-    if (waited < YIELD_SECONDS) {
+/* now: the wait has lasted since `begin`. shared: whether others compute on this core. */
+static void give_way(double begin, double now, double transfer, bool *shared) {
+    double waited = now - begin - transfer;
+    if (waited < YIELD_SECONDS && !*shared) {
         sched_yield();
+        *shared = ee_now() - now > LONG_YIELD;
         return;
     }
-    if (!*napping)
-        prctl(PR_SET_TIMERSLACK, 1000UL);
-    *napping = true;
-    double nap = (waited - transfer) / 50;
+    double nap = PART_OF_WAIT * waited;
     ee_sleep(nap < SHORTEST_NAP ? SHORTEST_NAP : nap > LONGEST_NAP ? LONGEST_NAP : nap);
+    *shared = false;
 }
 
 /* The first message of a request that is not complete; NULL if there is none. */
@@ -208,7 +211,7 @@ static enum ee_status finish(struct mpi *mpi, ee_comm_request request, double de
                              int *count) {
     struct job *job = mpi->job;
     double begin = ee_now();
-    bool napping = false;
+    bool shared = false;
     pthread_mutex_lock(&job->mutex);
     job->waiting++;
     double transfer = SECONDS_PER_BYTE * bytes_of(mpi, request);
@@ -222,7 +225,7 @@ static enum ee_status finish(struct mpi *mpi, ee_comm_request request, double de
         if (job->failed || !open)
             break;
         pthread_mutex_unlock(&job->mutex);
-        give_way(now - begin, transfer, &napping);
+        give_way(begin, now, transfer, &shared);
         pthread_mutex_lock(&job->mutex);
     }
     job->waiting--;
@@ -230,8 +233,6 @@ static enum ee_status finish(struct mpi *mpi, ee_comm_request request, double de
     if (status == EE_OK)
         retire(mpi, request);
     pthread_mutex_unlock(&job->mutex);
-    if (napping)
-        prctl(PR_SET_TIMERSLACK, 0UL);
     return status;
 }
 

@@ -105,8 +105,10 @@ static void run_task(struct job *job) {
     pthread_cond_broadcast(&job->done);
 }
 
-/* The caller holds the mutex. */
+/* The caller holds the mutex. Who waits polls. */
 static double interval(const struct job *job) {
+    if (job->waiting > 0)
+        return LONGEST_INTERVAL;
     double part = PART_OF_QUIET_TIME * (ee_now() - job->last_event);
     return fmin(fmax(part, SHORTEST_INTERVAL), LONGEST_INTERVAL);
 }

@@ -128,15 +128,19 @@ enum ee_status ee_list_from_actions(struct ee_list **out, const struct ee_step_a
 enum ee_status ee_list_of_forwards(struct ee_list **out, int32_t rank, int32_t ranks,
                                    int32_t chunks, int32_t microbatches) {
     EE_TRY(create(out, (int64_t)chunks * microbatches, chunks));
-    struct ee_list *list = *out;
-    for (int64_t i = 0; i < list->count; i++) {
-        int32_t chunk = (int32_t)(i % chunks), global = chunk * ranks + rank;
-        uint8_t flags = (uint8_t)((global > 0 ? EE_STEP_RECEIVES : 0) |
-                                  (global < ranks * chunks - 1 ? EE_STEP_SENDS : 0));
-        list->actions[i] =
-            (struct ee_step_action){EE_STEP_FORWARD, flags, (uint16_t)chunk, (int32_t)(i / chunks)};
-        list->queues[i] = -1;
+    struct ee_step_action *next = (*out)->actions;
+    for (int32_t first = 0; first < microbatches; first += ranks) {
+        int32_t end = (int32_t)ee_min((int64_t)first + ranks, microbatches);
+        for (int32_t chunk = 0; chunk < chunks; chunk++) {
+            int32_t global = chunk * ranks + rank;
+            uint8_t flags = (uint8_t)((global > 0 ? EE_STEP_RECEIVES : 0) |
+                                      (global < ranks * chunks - 1 ? EE_STEP_SENDS : 0));
+            for (int32_t m = first; m < end; m++)
+                *next++ = (struct ee_step_action){EE_STEP_FORWARD, flags, (uint16_t)chunk, m};
+        }
     }
+    for (int64_t i = 0; i < (*out)->count; i++)
+        (*out)->queues[i] = -1;
     return EE_OK;
 }
 

@@ -29,7 +29,9 @@ EE_WARN_UNUSED enum ee_status ee_list_from_actions(struct ee_list **out,
                                                    int64_t count, int32_t chunks,
                                                    int32_t microbatches);
 
-/* Forwards of `microbatches` through the chunks of a rank, for evaluation: each in slot 0. */
+/* Forwards of `microbatches` through the chunks of a rank, for evaluation: each in slot 0. A chunk
+ * runs as many microbatches in a row as there are ranks, as in interleaved 1F1B, so that a rank has
+ * work while the others run theirs. */
 EE_WARN_UNUSED enum ee_status ee_list_of_forwards(struct ee_list **out, int32_t rank, int32_t ranks,
                                                   int32_t chunks, int32_t microbatches);
 void ee_list_destroy(struct ee_list *list);

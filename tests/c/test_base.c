@@ -65,22 +65,34 @@ static bool all_zero(const char *bytes, size_t n) {
 
 static void test_alloc(void) {
     /* Below and above the size from which blocks are mapped. */
-    static const size_t sizes[] = {0, 1, 63, 64, 1000, (1 << 20) - 128, (1 << 20) + 1, 5 << 20};
+    static const size_t sizes[] = {0,
+                                   1,
+                                   63,
+                                   64,
+                                   1000,
+                                   (1 << 20) - 128,
+                                   (1 << 20) + 1,
+                                   5 << 20,
+                                   (4 << 20) - 64,
+                                   (2 << 20) + 1,
+                                   3 << 20};
     struct ee_alloc_stats before = ee_alloc_stats();
-    void *blocks[8];
+    void *blocks[11];
     size_t total = 0;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 11; i++) {
         if (!EE_EXPECT_OK(ee_alloc(&blocks[i], sizes[i], "a block")))
             return;
         EE_EXPECT(((uintptr_t)blocks[i] & (EE_ALIGNMENT - 1)) == 0);
+        /* Large ones begin at a huge page, behind the allocator's own bytes. */
+        EE_EXPECT(sizes[i] < (2 << 20) || (uintptr_t)blocks[i] % (2 << 20) == EE_ALIGNMENT);
         EE_EXPECT(all_zero(blocks[i], sizes[i]));
         memset(blocks[i], 0x5a, sizes[i]);
         total += sizes[i];
     }
     struct ee_alloc_stats held = ee_alloc_stats();
-    EE_EXPECT(held.calls == before.calls + 8 && held.live_count == before.live_count + 8);
+    EE_EXPECT(held.calls == before.calls + 11 && held.live_count == before.live_count + 11);
     EE_EXPECT(held.live_bytes == before.live_bytes + total);
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 11; i++)
         ee_free(blocks[i]);
     ee_free(NULL);
     struct ee_alloc_stats after = ee_alloc_stats();

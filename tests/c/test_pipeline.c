@@ -203,7 +203,11 @@ static void test_lists(void) {
         for (int64_t i = 0; i < list->count; i++) {
             const struct ee_step_action *a = &list->actions[i];
             bool first = rank == 0 && a->chunk == 0, last = rank == 2 && a->chunk == 1;
-            EE_EXPECT(a->microbatch == i / 2 && a->chunk == i % 2 && a->kind == EE_STEP_FORWARD);
+            /* Three of chunk 0, three of chunk 1, then the two that are left of each. */
+            static const int32_t microbatch[] = {0, 1, 2, 0, 1, 2, 3, 4, 3, 4};
+            static const uint16_t chunk[] = {0, 0, 0, 1, 1, 1, 0, 0, 1, 1};
+            EE_EXPECT(a->microbatch == microbatch[i] && a->chunk == chunk[i]);
+            EE_EXPECT(a->kind == EE_STEP_FORWARD);
             EE_EXPECT(a->flags == ((first ? 0 : EE_STEP_RECEIVES) | (last ? 0 : EE_STEP_SENDS)));
             EE_EXPECT(list->slots[i] == 0 && list->queues[i] == -1);
         }

@@ -146,7 +146,7 @@ def test_what_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="engine"):
         Generator(model, engine="fast")
     for split in ((2, 3), (4,), (0, 4), (1, 1, 2)):
-        with pytest.raises(ValueError, match="(split|layers of a chunk) is invalid"):
+        with pytest.raises(ValueError, match=r"(split|layers of a chunk) is invalid"):
             Generator(model, ranks=2, split=split)
     assert not _servers()
     # One rank takes the engine too.
