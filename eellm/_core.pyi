@@ -350,6 +350,13 @@ class Comm:
 
     @timeout.setter
     def timeout(self, value: float, /) -> None: ...
+    @property
+    def polling(self) -> float:
+        """Seconds for which a wait polls before it naps in between; at least 0, may be set. More
+        than a few microseconds are for ranks with cores of their own (csrc/comm/comm.h)."""
+
+    @polling.setter
+    def polling(self, value: float, /) -> None: ...
     def barrier(self, what: str = "barrier") -> None:
         """Returns once every rank has called it; `what` names it in errors."""
 

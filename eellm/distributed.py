@@ -37,6 +37,8 @@ _worlds: dict[str, Comm] = {}
 
 # A rank that must not speak waits so long for the one that speaks to end the job.
 _SILENT_SECONDS = 10.0
+# For so long a rank polls for a message, where nobody else wants its core.
+_POLLING = 0.05
 
 
 def is_job() -> bool:
@@ -73,6 +75,8 @@ def world(transport: str = "auto", timeout: float = 300.0) -> Comm:
             _worlds[transport] = _core.comm_adopt(mpi.world(_core.host(), float(timeout)))
     comm = _worlds[transport]
     comm.timeout = float(timeout)
+    if _has_own_core():
+        comm.polling = _POLLING
     return comm
 
 
@@ -160,6 +164,17 @@ def _end(mpi: Any) -> None:
 
 def threads_per_rank() -> int:
     """Threads for this rank such that the ranks of the node share its cores; at least 1."""
+    cores, ranks = _share()
+    return max(1, cores // ranks)
+
+
+def _has_own_core() -> bool:
+    cores, ranks = _share()
+    return ranks <= cores
+
+
+def _share() -> tuple[int, int]:
+    """How many cores this rank runs on, and how many ranks share them."""
     own = len(os.sched_getaffinity(0))
     try:
         # Of the launcher's daemon: all cores of the job on this node.
@@ -167,8 +182,7 @@ def threads_per_rank() -> int:
     except OSError:
         all_cores = own
     # mpirun may bind ranks to parts of the node; they spread evenly over the parts.
-    sharing = -(-local_size() * own // all_cores)
-    return max(1, own // max(1, sharing))
+    return own, max(1, -(-local_size() * own // all_cores))
 
 
 # -- Failure ------------------------------------------------------------------------------------

@@ -33,10 +33,15 @@
 
 EE_EXTERN_C_BEGIN
 
-#define EE_COMM_ABI 2
+#define EE_COMM_ABI 3
 
 /* Seconds that a wait lasts at most, unless the maker of the communicator says otherwise. */
 #define EE_COMM_TIMEOUT 300.0
+
+/* Seconds for which a wait polls: where ranks share cores to compute on, and where this rank has a
+ * core that nobody else wants while it waits. */
+#define EE_COMM_POLLING_SHARED 50e-6
+#define EE_COMM_POLLING_ALONE 50e-3
 
 /* Messages that one list may hold, and that one rank may have under way in one communicator. */
 #define EE_COMM_MAX_MESSAGES 256
@@ -77,6 +82,9 @@ struct ee_comm {
     int rank, size;
     bool device;
     double timeout; /* seconds, > 0; copied by split */
+    /* Seconds, >= 0: for so long a wait polls and yields, then it naps between polls, which delays
+     * a message by 0.1 to 1 ms. Copied by split; transports that are woken do not need it. */
+    double polling;
     /* Where it is set, a wait calls it for every message of the exchange that it waited for, in the
      * order of the list. Copied by split. */
     ee_comm_trace *trace;

@@ -155,6 +155,7 @@ static enum ee_status create_handle(struct ee_local_group *group, int rank,
         .rank = rank,
         .size = group->size,
         .timeout = like->timeout,
+        .polling = like->polling,
         .trace = like->trace,
         .trace_arg = like->trace_arg,
         .split = ee_local_split,
@@ -236,7 +237,7 @@ enum ee_status ee_comm_local(struct ee_comm **out, int size, double timeout) {
         ee_free(job);
         EE_FAIL(EE_ERR_NOMEM, "no memory for a communicator (a lock)");
     }
-    struct ee_comm like = {.timeout = timeout};
+    struct ee_comm like = {.timeout = timeout, .polling = EE_COMM_POLLING_SHARED};
     struct ee_local_group *group = NULL;
     enum ee_status status = create_group(&group, job, size);
     for (int i = 0; i < size && status == EE_OK; i++) {

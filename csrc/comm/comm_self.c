@@ -175,6 +175,7 @@ static enum ee_status create(struct ee_comm **out, struct job *job, const struct
         .rank = 0,
         .size = 1,
         .timeout = like->timeout,
+        .polling = like->polling,
         .trace = like->trace,
         .trace_arg = like->trace_arg,
         .split = split,
@@ -205,7 +206,7 @@ enum ee_status ee_comm_self(struct ee_comm **out) {
     *out = NULL;
     void *job;
     EE_TRY(ee_alloc(&job, sizeof(struct job), "a communicator"));
-    struct ee_comm like = {.timeout = EE_COMM_TIMEOUT};
+    struct ee_comm like = {.timeout = EE_COMM_TIMEOUT, .polling = EE_COMM_POLLING_SHARED};
     enum ee_status status = create(out, job, &like);
     if (status != EE_OK)
         ee_free(job);

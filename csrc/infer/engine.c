@@ -52,6 +52,8 @@ static enum ee_status build(struct ee_engine *engine, const struct ee_engine_opt
     EE_TRY(ee_alloc(&memory, (size_t)options->max_sequences * sizeof *engine->sequences,
                     "the decoding engine"));
     engine->sequences = memory;
+    if (options->comm && options->stage_seconds > 0)
+        options->comm->polling = EE_COMM_POLLING_ALONE;
     if (options->comm && options->comm->size > 1)
         EE_TRY(ee_pipeline_create(engine, options->comm, options->trace));
     return EE_OK;

@@ -102,8 +102,8 @@ struct ee_engine_options {
     /* The ranks of the pipeline that the model is a part of; NULL where it is the whole. It stays
      * the caller's and outlives the engine, which uses it alone. */
     struct ee_comm *comm;
-    /* Above 0: nothing is computed; the layers and exits of this rank take so many seconds a pass.
-     * For measurements, with forced tokens and replayed exits. */
+    /* Above 0: nothing is computed; the layers and exits of this rank take so many seconds a pass,
+     * and `comm` polls. For measurements, with forced tokens and replayed exits. */
     double stage_seconds;
     int64_t trace; /* passes and sequences of a pipeline that are noted, at most */
 };

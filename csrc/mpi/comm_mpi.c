@@ -3,22 +3,22 @@
 #include "base/clock.h"
 #include "mpi/transport.h"
 
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
 
 #define MEBIBYTE ((size_t)1 << 20)
 
-/* A wait polls and yields for so long, and for the time that its bytes take at a modest rate, since
- * MPI may copy them piece by piece when it is called: to be woken from a nap costs more than most
- * messages take. Where a yield lasts, another thread computes on this core, and is left alone for a
- * nap; later all are naps, which grow with the wait. */
-#define YIELD_SECONDS 50e-3
-#define LONG_YIELD 1e-3
+/* To be woken costs more than most messages take. So a wait polls and yields for the time that its
+ * communicator says, and that its bytes take at a modest rate, since MPI may copy them piece by
+ * piece when it is called. Where a yield lasts, another thread computes on this core, and is left
+ * alone for a long nap. After that time all are naps, which grow with the wait. */
 #define SECONDS_PER_BYTE 1e-9
-#define PART_OF_WAIT 2e-3
-#define SHORTEST_NAP 100e-6
-#define LONGEST_NAP 1e-3
+#define LONG_YIELD 300e-6
+#define PART_OF_WAIT 0.01
+#define SHORT_NAP 20e-6
+#define LONG_NAP 500e-6
 
 static const char *const collective_names[] = {
     [CALL_SPLIT] = "split",           [CALL_ALL_REDUCE] = "all-reduce",
@@ -146,15 +146,15 @@ static enum ee_status start(struct ee_comm *comm, ee_comm_request *request,
 /* -- Wait ----------------------------------------------------------------------------------- */
 
 /* now: the wait has lasted since `begin`. shared: whether others compute on this core. */
-static void give_way(double begin, double now, double transfer, bool *shared) {
-    double waited = now - begin - transfer;
-    if (waited < YIELD_SECONDS && !*shared) {
+static void give_way(double begin, double now, double polling, bool *shared) {
+    double waited = now - begin;
+    if (waited < polling && !*shared) {
         sched_yield();
         *shared = ee_now() - now > LONG_YIELD;
         return;
     }
-    double nap = PART_OF_WAIT * waited;
-    ee_sleep(nap < SHORTEST_NAP ? SHORTEST_NAP : nap > LONGEST_NAP ? LONGEST_NAP : nap);
+    double nap = fmin(fmax(PART_OF_WAIT * (waited - polling), SHORT_NAP), LONG_NAP);
+    ee_sleep(*shared ? LONG_NAP : nap);
     *shared = false;
 }
 
@@ -214,7 +214,7 @@ static enum ee_status finish(struct mpi *mpi, ee_comm_request request, double de
     bool shared = false;
     pthread_mutex_lock(&job->mutex);
     job->waiting++;
-    double transfer = SECONDS_PER_BYTE * bytes_of(mpi, request);
+    double polling = mpi->comm.polling + SECONDS_PER_BYTE * bytes_of(mpi, request);
     for (;;) {
         if (!job->failed)
             ee_job_poll(job);
@@ -225,7 +225,7 @@ static enum ee_status finish(struct mpi *mpi, ee_comm_request request, double de
         if (job->failed || !open)
             break;
         pthread_mutex_unlock(&job->mutex);
-        give_way(begin, now, transfer, &shared);
+        give_way(begin, now, polling, &shared);
         pthread_mutex_lock(&job->mutex);
     }
     job->waiting--;
@@ -283,6 +283,7 @@ static enum ee_status split(struct ee_comm *comm, struct ee_comm **out, int colo
     if (handle == MPI_COMM_NULL)
         return EE_OK;
     EE_TRY(ee_mpi_create(out, mpi->job, handle, comm->timeout));
+    (*out)->polling = comm->polling;
     (*out)->trace = comm->trace;
     (*out)->trace_arg = comm->trace_arg;
     return EE_OK;
@@ -323,6 +324,7 @@ enum ee_status ee_mpi_create(struct ee_comm **out, struct job *job, MPI_Comm han
         .struct_size = sizeof(struct ee_comm),
         .transport = "mpi",
         .timeout = timeout,
+        .polling = EE_COMM_POLLING_SHARED,
         .split = split,
         .start = start,
         .wait = wait,

@@ -109,6 +109,25 @@ static int set_timeout(PyObject *object, PyObject *value, void *closure) {
     return 0;
 }
 
+static PyObject *get_polling(PyObject *object, void *closure) {
+    (void)closure;
+    return PyFloat_FromDouble(((struct comm_object *)object)->comm->polling);
+}
+
+static int set_polling(PyObject *object, PyObject *value, void *closure) {
+    (void)closure;
+    double seconds = value ? PyFloat_AsDouble(value) : 0;
+    if (!value)
+        PyErr_SetString(PyExc_AttributeError, "polling cannot be deleted");
+    else if (!(seconds >= 0) && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "polling must be at least 0 seconds, got %R", value);
+    if (PyErr_Occurred() || !begin_comm(object))
+        return -1;
+    ((struct comm_object *)object)->comm->polling = seconds;
+    end_comm(object);
+    return 0;
+}
+
 /* -- Arrays ----------------------------------------------------------------------------------- */
 
 /* A contiguous array of any type through the buffer protocol. */
@@ -516,6 +535,7 @@ static PyGetSetDef getset[] = {
     {"size", get_size, NULL, "Number of ranks.", NULL},
     {"transport", get_transport, NULL, "Name of the transport.", NULL},
     {"timeout", get_timeout, set_timeout, "Seconds that a wait lasts at most.", NULL},
+    {"polling", get_polling, set_polling, "Seconds for which a wait polls.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -40,6 +40,22 @@ def test_self():
         comm.exchange([], [(0, 3, out)])
 
 
+def test_polling():
+    first, second = _core.comm_local(2)
+    assert first.polling == second.polling == 50e-6
+    first.polling = 0.25
+    assert first.polling == 0.25 and second.polling == 50e-6
+    first.polling = 0
+    for bad in (-1, float("nan")):
+        with pytest.raises(ValueError, match="polling must be at least 0"):
+            first.polling = bad
+    with pytest.raises(TypeError):
+        first.polling = "long"
+    with pytest.raises(AttributeError):
+        del first.polling
+    assert first.polling == 0
+
+
 def test_timeout():
     first, second = _core.comm_local(2, timeout=2.5)
     assert first.timeout == second.timeout == 2.5

@@ -120,14 +120,15 @@ def test_large_bytes():
 def test_split():
     def body(comm):
         comm.timeout = 20 + comm.rank
+        comm.polling = comm.rank / 8
         part = comm.split(-1 if comm.rank == 3 else comm.rank % 2, -comm.rank)
         if part is None:
             return None
         total = part.all_reduce(np.array([comm.rank]))
-        return part.rank, part.size, part.timeout, part.transport, int(total[0])
+        return part.rank, part.size, part.timeout, part.polling, part.transport, int(total[0])
 
-    assert succeed(4, body) == [(1, 2, 20, "local", 2), (0, 1, 21, "local", 1),
-                                (0, 2, 22, "local", 2), None]  # fmt: skip
+    assert succeed(4, body) == [(1, 2, 20, 0, "local", 2), (0, 1, 21, 0.125, "local", 1),
+                                (0, 2, 22, 0.25, "local", 2), None]  # fmt: skip
 
 
 def test_equal_keys_keep_the_order_of_ranks():

@@ -59,7 +59,9 @@ SHARES = [
     ((16, 8, 4), 4),
     ((16, 8, 2), 8),
     ((16, 4, 16), 1),
+    ((4, 1, 8), 1),
 ]
+MORE_RANKS_THAN_CORES = [(2, 2, 4), (4, 1, 8)]
 
 
 @pytest.mark.parametrize(("machine", "threads"), SHARES)
@@ -70,6 +72,9 @@ def test_ranks_share_the_cores_of_a_node(monkeypatch, machine, threads):
     cores = {0: set(range(bound)), os.getppid(): set(range(node))}
     monkeypatch.setattr("os.sched_getaffinity", cores.__getitem__)
     assert distributed.threads_per_rank() == threads
+    # A rank polls for messages where that takes nobody's core.
+    alone = machine not in MORE_RANKS_THAN_CORES
+    assert distributed.world("self").polling == (0.05 if alone else 50e-6)
 
 
 def test_one_rank_of_a_node_reports(monkeypatch, tmp_path):

@@ -117,6 +117,7 @@ def check_split(comm):
     members = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2][::-1]
     assert odd.size == len(members) and members[odd.rank] == comm.rank
     assert odd.transport == "mpi" and odd.timeout == comm.timeout
+    assert odd.polling == comm.polling
     assert odd.all_gather(bytes([comm.rank])) == [bytes([rank]) for rank in members]
     alone = comm.split(0 if comm.rank == 1 else -1, 0)
     assert (alone is None) == (comm.rank != 1)
