@@ -38,7 +38,7 @@ _worlds: dict[str, Comm] = {}
 # A rank that must not speak waits so long for the one that speaks to end the job.
 _SILENT_SECONDS = 10.0
 # For so long a rank polls for a message, where nobody else wants its core.
-_POLLING = 0.05
+_POLLING = 1.0
 
 
 def is_job() -> bool:

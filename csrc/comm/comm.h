@@ -41,7 +41,7 @@ EE_EXTERN_C_BEGIN
 /* Seconds for which a wait polls: where ranks share cores to compute on, and where this rank has a
  * core that nobody else wants while it waits. */
 #define EE_COMM_POLLING_SHARED 50e-6
-#define EE_COMM_POLLING_ALONE 50e-3
+#define EE_COMM_POLLING_ALONE 1.0
 
 /* Messages that one list may hold, and that one rank may have under way in one communicator. */
 #define EE_COMM_MAX_MESSAGES 256

@@ -74,7 +74,7 @@ def test_ranks_share_the_cores_of_a_node(monkeypatch, machine, threads):
     assert distributed.threads_per_rank() == threads
     # A rank polls for messages where that takes nobody's core.
     alone = machine not in MORE_RANKS_THAN_CORES
-    assert distributed.world("self").polling == (0.05 if alone else 50e-6)
+    assert distributed.world("self").polling == (1.0 if alone else 50e-6)
 
 
 def test_one_rank_of_a_node_reports(monkeypatch, tmp_path):
