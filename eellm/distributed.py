@@ -233,26 +233,34 @@ def _claim_path() -> Path:
     return Path(tempfile.gettempdir(), f"eellm-failure-{os.getuid()}-{parent}-{start}")
 
 
-def report_failure(line: str, status: int) -> NoReturn:
+def report_failure(line: str, status: int, echo: bool = False) -> NoReturn:
     """Ends a job with this exit status after one rank of the node has printed the line.
 
-    Ranks that fail at the same time, or because of each other, stay silent.
+    Ranks that fail at the same time, or because of each other, stay silent. echo: another rank, be
+    it on another node, or mpirun has more to say; this one speaks where none of them does.
     """
+    if echo:
+        _wait_for_the_end()
     if claim_message():
         _flush()
         print(line, file=sys.stderr, flush=True)
     else:
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        except ValueError:
-            pass  # not the main thread
-        time.sleep(_SILENT_SECONDS)
-        _flush()
+        _wait_for_the_end()
     mpi = sys.modules.get("eellm._mpi")
     # mpirun ends a job when a rank ends with a status, and takes it over; other launchers wait.
     if mpi is not None and mpi.is_started() and "PRTE_LAUNCHED" not in os.environ:
         mpi.kill()
     os._exit(status)
+
+
+def _wait_for_the_end() -> None:
+    """Leaves it to other ranks to end the job."""
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except ValueError:
+        pass  # not the main thread
+    _flush()
+    time.sleep(_SILENT_SECONDS)
 
 
 def _flush() -> None:

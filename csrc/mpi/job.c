@@ -57,12 +57,29 @@ static void complete(struct mpi *mpi, int index, const MPI_Status *status, doubl
     }
 }
 
+static bool is_gone(int code) {
+#ifdef MPI_ERR_PROC_FAILED /* since Open MPI 5 */
+    int class = MPI_SUCCESS;
+    MPI_Error_class(code, &class);
+    return class == MPI_ERR_PROC_FAILED;
+#else
+    (void)code;
+    return false;
+#endif
+}
+
 static void report(struct mpi *mpi, int index, int code) {
     const struct ee_message *message = &mpi->slots[index].message;
     char reason[MPI_MAX_ERROR_STRING], text[200];
     int length;
     MPI_Error_string(code, reason, &length);
     bool send = message->direction == EE_SEND;
+    if (is_gone(code)) { /* eellm.distributed knows the words */
+        ee_job_fail(mpi->job, "rank %d: the process of rank %d has ended%s", mpi->comm.rank,
+                    message->peer,
+                    ee_mpi_describe(text, sizeof text, message, mpi->job->tag_limit));
+        return;
+    }
     ee_job_fail(mpi->job, "rank %d: %zu bytes %s rank %d: %s%s", mpi->comm.rank, message->bytes,
                 send ? "to" : "from", message->peer, reason,
                 ee_mpi_describe(text, sizeof text, message, mpi->job->tag_limit));
@@ -217,6 +234,8 @@ static int start_mpi(struct job *job, void *arg) {
     if (is_off)
         return MPI_SUCCESS;
     MPI_Initialized(&is_on);
+    /* A connection that is lost fails the messages of that rank, and not the process at once. */
+    setenv("OMPI_MCA_mpi_ft_enable", "1", 0);
     int code = is_on ? MPI_Query_thread(&start->provided)
                      : MPI_Init_thread(NULL, NULL, MPI_THREAD_MULTIPLE, &start->provided);
     if (code != MPI_SUCCESS)

@@ -42,6 +42,8 @@ EELLM_DEBUG=1 shows tracebacks; docs/CONFIG.md lists all settings and environmen
 """
 
 
+# As csrc/mpi/job.c has it.
+_GONE = re.compile(r"^rank \d+: the process of rank \d+ has ended")
 _CHOICE = re.compile(r"argument (.+): invalid choice: (.+) \(choose from (.+)\)")
 
 
@@ -62,20 +64,23 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(message, 2))
 
 
-def fail(text: str, status: int) -> int:
-    """Prints an error as one line on standard error; returns the status."""
+def fail(text: str, status: int, echo: bool = False) -> int:
+    """Prints an error as one line on standard error; returns the status.
+
+    echo: it comes from the end of another rank of the job, whose own error says why.
+    """
     line = " ".join(str(text).split("\n"))
-    _end_job(f"eellm: error: {line}", status)
+    _end_job(f"eellm: error: {line}", status, echo)
     print(f"eellm: error: {line}", file=sys.stderr, flush=True)
     return status
 
 
-def _end_job(line: str, status: int) -> None:
+def _end_job(line: str, status: int, echo: bool = False) -> None:
     """On a rank of a job, ends the job with one line of one rank; else does nothing."""
     if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ:
         from eellm.distributed import report_failure
 
-        report_failure(line, status)
+        report_failure(line, status, echo)
 
 
 def make_parser(command: str | None = None) -> Parser:
@@ -131,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EELLM_DEBUG", "") not in ("", "0"):
             raise
-        return fail(_text(error), _status(error))
+        return fail(_text(error), _status(error), _is_echo(error))
 
 
 def _text(error: Exception) -> str:
@@ -157,6 +162,10 @@ def _status(error: Exception) -> int:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return 2
     return 2 if isinstance(error, ValueError | NotImplementedError | ImportError) else 1
+
+
+def _is_echo(error: Exception) -> bool:
+    return type(error).__name__ == "PeerError" or bool(_GONE.search(str(error)))
 
 
 def _is_core(error: Exception) -> bool:
