@@ -282,6 +282,9 @@ NOISE = (
     b"prterun detected",
     b"prterun has exited due to",
     b"MPI_ABORT was invoked",
+    # Of Open MPI 4.
+    b"mpirun detected that",
+    b"Primary job  terminated normally",
 )
 
 

@@ -252,7 +252,9 @@ def test_frames_without_news_are_left_out(size):
     abort = RULE + "MPI_ABORT was invoked on rank 1\n" + RULE
     news = RULE + "prterun has lost communication with a remote daemon\n" + RULE
     killed = RULE + "prterun noticed that process rank 1 exited on\nsignal 9 (Killed).\n" + RULE
-    assert copied(f"a\n{noise}b\n", size) == "a\nb\n"
+    four = RULE + "Primary job  terminated normally, but 1 process returned\n" + RULE
+    four += RULE + "mpirun detected that one or more processes exited\n" + RULE
+    assert copied(f"a\n{noise}b\n", size) == copied(f"a\n{four}b\n", size) == "a\nb\n"
     assert copied(f"step 1\rstep 2\r{noise}", size) == f"step 1\rstep 2\r{noise}"
     assert copied(f"a\n{news}{noise}{abort}b", size) == f"a\n{news}b"
     line = "eellm: error: rank 1 was ended by signal 9 (Killed), and the job with it"
