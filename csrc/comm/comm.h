@@ -83,7 +83,7 @@ struct ee_comm {
     bool device;
     double timeout; /* seconds, > 0; copied by split */
     /* Seconds, >= 0: for so long a wait polls and yields, then it naps between polls, which delays
-     * a message by 0.1 to 1 ms. Copied by split; transports that are woken do not need it. */
+     * a message by up to 0.5 ms. Copied by split; transports that are woken do not need it. */
     double polling;
     /* Where it is set, a wait calls it for every message of the exchange that it waited for, in the
      * order of the list. Copied by split. */

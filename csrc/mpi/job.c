@@ -74,7 +74,7 @@ static void report(struct mpi *mpi, int index, int code) {
     int length;
     MPI_Error_string(code, reason, &length);
     bool send = message->direction == EE_SEND;
-    if (is_gone(code)) { /* eellm.distributed knows the words */
+    if (is_gone(code)) { /* eellm/cli/__init__.py knows the words */
         ee_job_fail(mpi->job, "rank %d: the process of rank %d has ended%s", mpi->comm.rank,
                     message->peer,
                     ee_mpi_describe(text, sizeof text, message, mpi->job->tag_limit));

@@ -234,13 +234,12 @@ def test_only_what_has_changed_is_built_again(tree):
     print(f"a build without changes takes {min(times):.2f} s")
     assert module.stat().st_mtime_ns == made and objects() == before
 
-    (tree / "csrc/train/schedule.h").touch()
+    (tree / "csrc/comm/local.h").touch()
     build(tree)
     changed = {path.relative_to(tree / "build").parts[1:] for path, at in objects().items()
                if at != before[path]}  # fmt: skip
-    train = {("csrc", "train", f"{name}.o") for name in ("list", "schedule", "step", "walk")}
-    python = {("csrc", "python", f"py_{name}.o") for name in ("schedule", "trainer")}
-    assert changed == train | python
+    names = ("comm_local", "local_collectives", "local_messages")
+    assert changed == {("csrc", "comm", f"{name}.o") for name in names}
     assert module.stat().st_mtime_ns > made
 
     (tree / "csrc/base/arena.c").write_text("broken")
